@@ -1,0 +1,16 @@
+"""Ebbtide: the AdamW family for PyTorch and NumPy.
+
+`ebbtide.torch` and `ebbtide.numpy` hold the optimizers; each is imported by name, so that
+neither framework is loaded for the sake of the other. Importing `ebbtide` loads neither.
+"""
+
+__all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> str:
+    # Reading the installed metadata costs 20 ms: only for those who ask.
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("ebbtide")
