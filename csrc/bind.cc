@@ -1,0 +1,199 @@
+// The binding: Python objects in, rows of pointers out. No arithmetic here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "table.h"
+
+namespace nb = nanobind;
+
+namespace ebbtide {
+namespace {
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> list = {&kernels_baseline};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    list.push_back(&kernels_avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      list.push_back(&kernels_avx512);
+    }
+  }
+#endif
+  return list;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* kernels = supported().back();
+  return kernels;
+}
+
+void choose(const std::string& name) {
+  for (const Kernels* kernels : supported()) {
+    if (name == kernels->name) {
+      chosen() = kernels;
+      return;
+    }
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not supported by this machine");
+}
+
+// (address, scale address, format)
+Field field(const nb::tuple& t) {
+  return {reinterpret_cast<void*>(nb::cast<uintptr_t>(t[0])),
+          reinterpret_cast<void*>(nb::cast<uintptr_t>(t[1])), Format(nb::cast<int32_t>(t[2]))};
+}
+
+// One row from a plan.Row; `param` and `state` are the objects to watch.
+void add(Table& table, nb::object param, int32_t group, nb::object row, nb::object state) {
+  Entry e;
+  e.group = group;
+  e.param = param.inc_ref().ptr();
+  if (!row.is_none()) {
+    Row& r = e.row;
+    r.param = field(row.attr("param"));
+    r.grad = field(row.attr("grad"));
+    int k = 0;
+    for (nb::handle f : row.attr("state")) r.state[k++] = field(nb::cast<nb::tuple>(f));
+    r.residual = reinterpret_cast<void*>(nb::cast<uintptr_t>(row.attr("residual")));
+    r.residual_bits = nb::cast<int32_t>(row.attr("residual_bits"));
+    r.stochastic = nb::cast<bool>(row.attr("stochastic"));
+    r.numel = nb::cast<int64_t>(row.attr("numel"));
+    r.run_length = nb::cast<int64_t>(row.attr("run_length"));
+    r.lead = nb::cast<int64_t>(row.attr("lead"));
+    r.first_block = nb::cast<int64_t>(row.attr("first_block"));
+    r.salt = nb::cast<uint64_t>(row.attr("salt"));
+    e.step = reinterpret_cast<void*>(nb::cast<uintptr_t>(row.attr("step_address")));
+    e.step_is_double = nb::cast<bool>(row.attr("step_is_double"));
+    e.count = nb::cast<int64_t>(row.attr("count"));
+    e.local = nb::cast<bool>(row.attr("local"));
+    for (nb::handle extent : row.attr("extents")) e.layout.extents.push_back(nb::cast<int64_t>(extent));
+    e.layout.format = r.param.format;
+    e.active = true;
+    nb::dict watched = nb::cast<nb::dict>(state);
+    e.state = watched.inc_ref().ptr();
+    for (auto [key, value] : watched) {
+      e.keys.push_back(key.inc_ref().ptr());
+      e.values.push_back(value.inc_ref().ptr());
+    }
+  }
+  table.entries.push_back(std::move(e));
+}
+
+// Guards against two threads stepping one optimizer while the GIL is released.
+struct Busy {
+  explicit Busy(bool& flag) : flag(flag) {
+    if (flag) throw std::runtime_error("this optimizer is already stepping in another thread");
+    flag = true;
+  }
+  ~Busy() { flag = false; }
+  bool& flag;
+};
+
+struct BoundTable : Table {
+  using Table::Table;
+  bool busy = false;
+};
+
+int64_t run(BoundTable& table, const nb::bytes& buckets, double grad_scale, bool guard) {
+  const Busy busy(table.busy);
+  const auto* first = static_cast<const Bucket*>(buckets.data());
+  const int64_t n = int64_t(buckets.size() / sizeof(Bucket));
+  nb::gil_scoped_release release;
+  return table.run(first, n, grad_scale, guard);
+}
+
+int64_t step(BoundTable& table, nb::list groups, nb::handle grads, const nb::bytes& buckets,
+             double grad_scale, bool guard) {
+  if (!table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
+    table.release_grads();
+    return Table::kStale;
+  }
+  const int64_t result = run(table, buckets, grad_scale, guard);
+  if (result != Table::kMissingBucket) table.release_grads();
+  return result;
+}
+
+// None if the table is stale.
+nb::object sum_squares(BoundTable& table, nb::list groups, nb::handle grads) {
+  const Busy busy(table.busy);
+  if (!groups.is_none() && !table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
+    table.release_grads();
+    return nb::none();
+  }
+  double total = 0;
+  {
+    nb::gil_scoped_release release;
+    total = table.sum_squares();
+  }
+  return nb::float_(total);
+}
+
+std::vector<std::pair<int32_t, int64_t>> needed(const BoundTable& table) {
+  std::vector<std::pair<int32_t, int64_t>> keys;
+  for (const Entry& e : table.entries) {
+    const std::pair<int32_t, int64_t> key{e.group, e.next_step()};
+    if (e.active && std::find(keys.begin(), keys.end(), key) == keys.end()) keys.push_back(key);
+  }
+  return keys;
+}
+
+std::vector<std::pair<int64_t, int64_t>> untouched(const BoundTable& table) {
+  std::vector<std::pair<int64_t, int64_t>> rows;
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& e = table.entries[i];
+    if (e.active && e.untouched > 0) rows.emplace_back(int64_t(i), e.untouched);
+  }
+  return rows;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen(); }
+
+NB_MODULE(_core, m) {
+  m.doc() = "The compiled core of ebbtide; used through ebbtide.backends.cpu.";
+  m.attr("SCALAR_COUNT") = kScalarCount;
+  m.attr("STALE") = int64_t(Table::kStale);
+  m.attr("MISSING_BUCKET") = int64_t(Table::kMissingBucket);
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported()) names.emplace_back(kernels->name);
+    return names;
+  });
+  m.def("instruction_set", [] { return std::string(kernels().name); });
+  m.def("set_instruction_set", &choose, nb::arg("name"));
+  m.def("threads", [] { return Threads::instance().count(); });
+  m.def("set_threads", [](int count) { Threads::instance().force(count); }, nb::arg("count"));
+  m.def("thread_runtime", [] { return std::string(Threads::instance().runtime()); });
+  m.def("cpu_quota", [] { return Threads::instance().quota(); });
+
+  nb::class_<BoundTable>(m, "Table")
+      .def("__init__",
+           [](BoundTable* self, int32_t rule, nb::handle exchange_api) {
+             DLPackExchangeAPI* api = nullptr;
+             if (!exchange_api.is_none()) {
+               api = static_cast<DLPackExchangeAPI*>(
+                   PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+               if (api == nullptr) throw nb::python_error();
+               if (api->version.major != 1) throw std::invalid_argument("unknown DLPack version");
+             }
+             new (self) BoundTable(Rule(rule), api);
+           },
+           nb::arg("rule"), nb::arg("exchange_api").none())
+      .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
+           nb::arg("state").none())
+      .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
+      .def("step", &step, nb::arg("groups"), nb::arg("grads").none(), nb::arg("buckets"),
+           nb::arg("grad_scale"), nb::arg("guard"))
+      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none())
+      .def("needed", &needed)
+      .def("untouched", &untouched);
+}
+
+}  // namespace ebbtide

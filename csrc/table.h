@@ -1,0 +1,233 @@
+// The table of one optimizer: a row a parameter, checked and refreshed in each step.
+#pragma once
+#include <Python.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "parallel.h"
+#include "step.h"
+#include "tensor.h"
+
+namespace ebbtide {
+
+const Kernels& kernels();  // chosen once, for this machine
+
+// A row and what must still be true of it when the next step begins.
+struct Entry {
+  Row row;
+  PyObject* param = nullptr;   // the object in param_groups
+  PyObject* state = nullptr;   // its state dict; null while the parameter has had no gradient
+  std::vector<PyObject*> keys, values;  // the state as it was when its addresses were taken
+  PyObject* grad = nullptr;    // held while a step runs
+  Layout layout;
+  void* step = nullptr;        // the step count: float32, or float64
+  bool step_is_double = false;
+  bool local = false;          // a DTensor: the row is its `_local_tensor`
+  int64_t count = 0;           // steps taken, where the state holds no count
+  int32_t group = 0;
+  int32_t bucket = 0;
+  bool active = false;
+  int64_t untouched = 0;
+
+  int64_t next_step() const {
+    if (step == nullptr) return count + 1;
+    return int64_t(step_is_double ? *static_cast<double*>(step) : *static_cast<float*>(step)) + 1;
+  }
+  void advance() {
+    if (step == nullptr) {
+      count = 1;
+    } else if (step_is_double) {
+      *static_cast<double*>(step) += 1;
+    } else {
+      *static_cast<float*>(step) += 1;
+    }
+  }
+};
+
+// The scalars of one group and step count.
+struct Bucket {
+  double group;
+  StepScalars scalars;
+};
+
+class Table {
+ public:
+  enum Status : int64_t { kStale = -1, kMissingBucket = -2 };
+
+  Table(Rule rule, DLPackExchangeAPI* api)
+      : rule_(rule), reader_(api), grad_name_(PyUnicode_InternFromString("grad")),
+        local_name_(PyUnicode_InternFromString("_local_tensor")) {}
+  ~Table() {
+    release_grads();
+    for (Entry& e : entries) {
+      Py_XDECREF(e.param);
+      Py_XDECREF(e.state);
+      for (PyObject* key : e.keys) Py_DECREF(key);
+      for (PyObject* value : e.values) Py_DECREF(value);
+    }
+    Py_DECREF(grad_name_);
+    Py_DECREF(local_name_);
+  }
+  Table(const Table&) = delete;
+
+  std::vector<Entry> entries;
+
+  // Checks every parameter, state and gradient against the table and takes the gradients' addresses.
+  // `groups` is a list of lists of parameters; `grads` a list aligned with them, or null to read `.grad`.
+  // False: something changed, and the table must be built anew. Writes nothing but the table.
+  bool refresh(PyObject* groups, PyObject* grads) {
+    release_grads();
+    size_t at = 0;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+      PyObject* params = PyList_GET_ITEM(groups, i);
+      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++at) {
+        if (at >= entries.size()) return false;
+        Entry& e = entries[at];
+        if (e.param != PyList_GET_ITEM(params, j) || e.group != i) return false;
+        if (!refresh(e, grads == nullptr ? nullptr : PyList_GET_ITEM(grads, Py_ssize_t(at)))) return false;
+      }
+    }
+    return at == entries.size();
+  }
+
+  // The update of every active row, in one parallel region; the number of elements left untouched.
+  int64_t run(const Bucket* buckets, int64_t n, double grad_scale, bool guard) {
+    for (Entry& e : entries) {
+      if (e.active && !find_bucket(e, buckets, n)) return kMissingBucket;
+    }
+    scalars_.assign(size_t(n), {});
+    for (int64_t i = 0; i < n; ++i) {
+      scalars_[size_t(i)] = buckets[i].scalars;
+      scalars_[size_t(i)].grad_scale *= grad_scale;
+    }
+    share_out(1);
+    for_each_share([&](Entry& e, int64_t begin, int64_t end) {
+      const int64_t untouched =
+          kernels().update(rule_, e.row, scalars_[size_t(e.bucket)], guard, begin, end);
+      if (untouched > 0) __atomic_fetch_add(&e.untouched, untouched, __ATOMIC_RELAXED);
+    });
+    int64_t total = 0;
+    for (Entry& e : entries) {
+      if (!e.active) continue;
+      e.advance();
+      total += e.untouched;
+    }
+    return total;
+  }
+
+  // Sum of squares of all gradients: partial sums over fixed chunks, added in a fixed order.
+  double sum_squares() {
+    constexpr int64_t kChunk = 64;  // blocks: 8,192 elements
+    share_out(kChunk);
+    partial_.assign(size_t(offsets_.empty() ? 0 : offsets_.back()), 0.0);
+    for_each_share([&](Entry& e, int64_t begin, int64_t end) {
+      const int64_t first = offsets_[size_t(&e - entries.data())];
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t stop = std::min((chunk + 1) * kChunk, e.row.blocks());
+        partial_[size_t(first + chunk)] = kernels().sum_squares(e.row, chunk * kChunk, stop);
+      }
+    });
+    double total = 0;
+    for (const double partial : partial_) total += partial;
+    return total;
+  }
+
+  void release_grads() {
+    for (Entry& e : entries) Py_CLEAR(e.grad);
+  }
+
+ private:
+  bool refresh(Entry& e, PyObject* given) {
+    PyObject* grad = given != nullptr ? Py_NewRef(given) : PyObject_GetAttr(e.param, grad_name_);
+    if (grad == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    e.grad = grad;
+    e.untouched = 0;
+    e.active = false;
+    if (grad == Py_None) return true;
+    if (e.state == nullptr) return false;  // its first gradient
+    for (size_t k = 0; k < e.keys.size(); ++k) {
+      if (PyDict_GetItem(e.state, e.keys[k]) != e.values[k]) return false;
+    }
+    if (size_t(PyDict_GET_SIZE(e.state)) != e.keys.size()) return false;
+    void* data = nullptr;
+    if (!read(e, e.param, data) || scratch_ != e.layout || data != e.row.param.data) return false;
+    if (!read(e, grad, data)) return false;
+    if (scratch_.format != e.row.grad.format || scratch_.extents != e.layout.extents) return false;
+    e.row.grad.data = data;
+    e.active = true;
+    return true;
+  }
+
+  bool read(const Entry& e, PyObject* object, void*& data) {
+    if (!e.local) return reader_.read(object, data, scratch_);
+    PyObject* local = PyObject_GetAttr(object, local_name_);
+    if (local == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    const bool ok = reader_.read(local, data, scratch_);
+    Py_DECREF(local);  // its owner, the DTensor, is held by the parameter or the entry
+    return ok;
+  }
+
+  static bool find_bucket(Entry& e, const Bucket* buckets, int64_t n) {
+    const double step = double(e.next_step());
+    const auto matches = [&](int64_t i) {
+      return buckets[i].group == e.group && buckets[i].scalars.step == step;
+    };
+    if (e.bucket < n && matches(e.bucket)) return true;
+    for (int64_t i = 0; i < n; ++i) {
+      if (matches(i)) {
+        e.bucket = int32_t(i);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Running totals of the active rows' units of `unit` blocks each.
+  void share_out(int64_t unit) {
+    offsets_.assign(1, 0);
+    elements_ = 0;
+    for (const Entry& e : entries) {
+      const int64_t units = e.active ? (e.row.blocks() + unit - 1) / unit : 0;
+      offsets_.push_back(offsets_.back() + units);
+      if (e.active) elements_ += e.row.numel;
+    }
+  }
+
+  // Splits the units evenly over the threads, whatever tensors they belong to.
+  template <typename Body>
+  void for_each_share(const Body& body) {
+    constexpr int64_t kSerial = 32768;  // elements: below this a parallel region costs more than it saves
+    Threads& pool = Threads::instance();
+    pool.run(elements_ < kSerial ? 1 : pool.count(), [&](int thread, int threads) {
+      int64_t at = offsets_.back() * thread / threads;
+      const int64_t stop = offsets_.back() * (thread + 1) / threads;
+      if (at >= stop) return;
+      size_t row = size_t(std::upper_bound(offsets_.begin(), offsets_.end(), at) - offsets_.begin()) - 1;
+      for (; at < stop; ++row) {
+        const int64_t end = std::min(offsets_[row + 1], stop);
+        if (end > at) body(entries[row], at - offsets_[row], end - offsets_[row]);
+        at = std::max(at, end);
+      }
+    });
+  }
+
+  Rule rule_;
+  TensorReader reader_;
+  PyObject* grad_name_;
+  PyObject* local_name_;
+  Layout scratch_;
+  std::vector<int64_t> offsets_;
+  std::vector<double> partial_;
+  std::vector<StepScalars> scalars_;
+  int64_t elements_ = 0;
+};
+
+}  // namespace ebbtide

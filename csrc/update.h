@@ -1,0 +1,84 @@
+// The update rules on one element, in the order of src/ebbtide/reference.py.
+//
+// V is the type of the arithmetic: double, float, or a vector of float lanes; S is the type of the
+// scalars. `madd` and `sqrt` are the only primitives (lanes.h); `c ? a : b` selects by element when
+// c is a comparison of vectors. Where float kernels contract (madd), they do so exactly where
+// torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never contracts and
+// the result equals reference.py bit for bit. Build with -ffp-contract=off.
+//
+// Each rule returns a witness that is finite if and only if the new state is: the kernel
+// leaves elements with a non-finite witness as they were.
+#pragma once
+#include "lanes.h"
+
+namespace ebbtide {
+
+// The scalars of one step for one group and step count; the fields of rules.py's Scalars.
+template <typename S>
+struct Scalars {
+  S lr;
+  S keep;  // 1 - decay: the share of the parameter kept
+  S l2;
+  S cautious;
+  S grad_scale;
+  S exp_avg_weight;
+  S beta2;
+  S one_minus_beta2;
+  S eps;
+  S step_size;
+  S sqrt_bias_correction2;
+  S momentum;
+  S buffer_keep;
+  S buffer_add;
+  S nesterov;
+};
+
+template <typename V, typename S>
+inline V decayed(V param, V update, const Scalars<S>& s) {
+  const V kept = param * s.keep;
+  if (s.cautious != 0) return update * param < splat<V>(S(0)) ? param : kept;
+  return kept;
+}
+
+// Adam, AdamW; AMSGrad where max_exp_avg_sq is not null.
+template <typename V, typename S>
+inline V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq,
+              const Scalars<S>& s) {
+  grad = grad * s.grad_scale;
+  if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
+  const S weight = s.exp_avg_weight;
+  if (weight < S(0.5)) {
+    exp_avg = madd(splat<V>(weight), grad - exp_avg, exp_avg);
+  } else {
+    exp_avg = madd(splat<V>(weight - S(1)), grad - exp_avg, grad);
+  }
+  exp_avg_sq = madd(s.one_minus_beta2 * grad, grad, s.beta2 * exp_avg_sq);
+  V second_moment = exp_avg_sq;
+  if (max_exp_avg_sq != nullptr) {
+    second_moment = *max_exp_avg_sq < exp_avg_sq ? exp_avg_sq : *max_exp_avg_sq;
+    *max_exp_avg_sq = second_moment;
+  }
+  const V denom = sqrt(second_moment) / s.sqrt_bias_correction2 + s.eps;
+  const V zero = splat<V>(S(0));
+  const V update = denom == zero ? zero : s.step_size * exp_avg / denom;
+  param = decayed(param, update, s) - update;
+  return exp_avg_sq;
+}
+
+// SGD, SGDW; momentum_buffer is null without momentum.
+template <typename V, typename S>
+inline V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S>& s) {
+  grad = grad * s.grad_scale;
+  if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
+  V direction = grad;
+  if (momentum_buffer != nullptr) {
+    V& buffer = *momentum_buffer;
+    buffer = madd(splat<V>(s.buffer_keep), buffer, s.buffer_add * grad);
+    direction = s.nesterov != 0 ? madd(splat<V>(s.momentum), buffer, grad) : buffer;
+  }
+  const V kept = decayed(param, s.lr * direction, s);
+  param = madd(splat<V>(-s.lr), direction, kept);
+  return direction;
+}
+
+}  // namespace ebbtide

@@ -1,0 +1,1 @@
+"""Who does the arithmetic: the compiled core, Triton, torch operations, or the reference."""

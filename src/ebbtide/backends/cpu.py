@@ -1,0 +1,131 @@
+"""The compiled core behind the backend interface.
+
+`CompiledBackend` keeps one native table for its optimizer. A step is one native call: it checks
+every parameter, state array and gradient against the table, takes the gradients' addresses, and runs
+all rows in one parallel region. Where anything moved it answers "stale", nothing is written, and the face plans
+anew.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from ebbtide.plan import Bucket, Outcome, Plan
+from ebbtide.rules import Scalars
+
+try:
+    from ebbtide import _core
+except ImportError:  # installed where no compiler was found
+    _core = None  # type: ignore[assignment]
+
+__all__ = ["CompiledBackend", "available", "describe"]
+
+_RULES = {"adam": 0, "sgd": 1}
+_BUCKET = struct.Struct(f"{1 + len(Scalars._fields)}d")
+
+if _core is not None:
+    assert len(Scalars._fields) == _core.SCALAR_COUNT, "rules.py and csrc/step.h disagree"
+    if os.environ.get("EBBTIDE_ISA"):
+        _core.set_instruction_set(os.environ["EBBTIDE_ISA"])
+
+
+def available() -> bool:
+    """Tell whether the compiled core is there and wanted (`EBBTIDE_BACKEND` is not "pure")."""
+    return _core is not None and os.environ.get("EBBTIDE_BACKEND", "cpu") != "pure"
+
+
+def describe() -> dict[str, str]:
+    """Return what the core runs on this machine, for `ebbtide doctor`."""
+    if _core is None:
+        return {"core": "not compiled: no C++ compiler was found at install; steps are slow"}
+    if not available():
+        return {"core": "compiled, but EBBTIDE_BACKEND=pure asks for the reference"}
+    forced = " (EBBTIDE_ISA)" if os.environ.get("EBBTIDE_ISA") else " (widest this machine has)"
+    return {
+        "core": "compiled",
+        "instruction set": _core.instruction_set() + forced,
+        "instruction sets here": ", ".join(_core.instruction_sets()),
+        "threads": str(_core.threads()),
+        "thread runtime": _core.thread_runtime(),
+        "processor quota": "none" if _core.cpu_quota() >= 1 << 16 else str(_core.cpu_quota()),
+    }
+
+
+class CompiledBackend:
+    """Runs plans in the compiled core and remembers the last one.
+
+    Args:
+        exchange_api: torch's DLPack exchange table (a capsule), or `None` for NumPy arrays.
+    """
+
+    name = "cpu"
+
+    def __init__(self, exchange_api: object | None = None) -> None:
+        self._exchange_api = exchange_api
+        self._table: Any = None
+        self._buckets: list[tuple[int, int]] = []
+
+    def forget(self) -> None:
+        """Drop the table: the next step plans anew."""
+        self._table = None
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(group, step) of the next step of the remembered table; empty without one."""
+        return self._buckets if self._table is not None else []
+
+    def load(self, plan: Plan) -> list[tuple[int, int]]:
+        """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
+        table = _core.Table(_RULES[plan.rule.name], self._exchange_api)
+        for param, group, row, state in plan.entries:
+            table.add(param, group, row, state)
+        self._table = table
+        self._buckets = table.needed()
+        return self._buckets
+
+    def run(
+        self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
+    ) -> Outcome:
+        """Take one step of the plan last given to `load`."""
+        self._table.run(_packed(buckets), grad_scale, guard)
+        outcome = Outcome(self._table.untouched())
+        if plan.cacheable:
+            self._buckets = self._table.needed()
+        else:
+            self.forget()
+        return outcome
+
+    def sum_squares(self, plan: Plan) -> float:
+        """Return the sum of squares of the gradients of the plan last given to `load`."""
+        del plan
+        return float(self._table.sum_squares(None, None))
+
+    def rerun(
+        self,
+        params: list[list[Any]],
+        grads: list[Any] | None,
+        buckets: Sequence[Bucket],
+        grad_scale: float,
+        guard: bool,
+    ) -> Outcome | None:
+        """Step with the remembered table; `None` if anything moved (nothing is written then).
+
+        Args:
+            params: The list of parameters of each group.
+            grads: Gradients in the same order; `None` reads `.grad`.
+            buckets: Scalars for `self.buckets`.
+            grad_scale: Multiplies every gradient.
+            guard: Leave elements untouched whose new state would not be finite.
+        """
+        untouched = self._table.step(params, grads, _packed(buckets), grad_scale, guard)
+        if untouched < 0:
+            return None
+        self._buckets = [(group, step + 1) for group, step in self._buckets]
+        return Outcome(self._table.untouched() if untouched else [])
+
+
+def _packed(buckets: Sequence[Bucket]) -> bytes:
+    return b"".join(_BUCKET.pack(bucket.group, *bucket.scalars) for bucket in buckets)

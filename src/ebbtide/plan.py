@@ -1,0 +1,242 @@
+"""The plan: what a step will touch, as rows of addresses that know no framework.
+
+A face (`ebbtide.numpy`, `ebbtide.torch`) turns parameters, gradients and state into rows; everything
+that could make a step wrong is checked here or there, before anything is written. A backend
+runs the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+from ebbtide.rules import Rule, Scalars
+from ebbtide.weight_decay import decay_share, l2_coefficient
+
+__all__ = [
+    "BLOCK",
+    "Backend",
+    "Bucket",
+    "Field",
+    "Format",
+    "Outcome",
+    "Plan",
+    "Row",
+    "extents_of",
+    "layout_of",
+    "make_bucket",
+    "salt_of",
+]
+
+BLOCK = 128  # elements that share a hash for stochastic rounding, and a scale of 8-bit state
+
+
+class Format(IntEnum):
+    """How the elements of an array are stored; the values of `csrc/step.h`."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+    SIGNED8 = 4
+    WINDOW8 = 5
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element, without its share of the scales."""
+        return (4, 8, 2, 2, 1, 1)[self]
+
+
+class Field(NamedTuple):
+    """One array of a row: its address, the address of its scales (0 if none), its format."""
+
+    address: int
+    scale: int
+    format: Format
+
+
+@dataclass(slots=True)
+class Row:
+    """One parameter with its gradient and state; all arrays share one dense layout.
+
+    Attributes:
+        name: What the parameter is called in errors.
+        numel: Number of elements of this row.
+        state: In the order of `Rule.state_keys`.
+        extents: Shape and stride of each dimension larger than one, flat.
+        residual: Address of the low bits of a 16-bit parameter, 0 if there are none.
+        stochastic: Round the parameter stochastically.
+        run_length: Elements that blocks do not cross; 0 for an empty parameter.
+        lead: Elements of the first block that belong to another shard.
+        first_block: Index of the first block in the whole parameter.
+        salt: Of the parameter's name, for the random bits.
+        step_address: Of the step count in the state, 0 if the state has none.
+        count: Steps taken, where the state has no count.
+        local: The row is the local shard of a distributed tensor.
+        keep: Objects that own the memory of the addresses.
+    """
+
+    name: str
+    numel: int
+    param: Field
+    grad: Field
+    state: tuple[Field, ...] = ()
+    extents: tuple[int, ...] = ()
+    residual: int = 0
+    residual_bits: int = 0
+    stochastic: bool = False
+    run_length: int = 0
+    lead: int = 0
+    first_block: int = 0
+    salt: int = 0
+    step_address: int = 0
+    step_is_double: bool = False
+    count: int = 0
+    local: bool = False
+    keep: tuple[object, ...] = ()
+
+    def written(self) -> Iterable[tuple[int, int]]:
+        """Yield the address ranges that a step writes."""
+        for each in (self.param, *self.state):
+            yield each.address, each.address + self.numel * each.format.itemsize
+
+
+class Bucket(NamedTuple):
+    """The rows of one group that are about to take the same step, and its scalars."""
+
+    group: int
+    step: int
+    hyperparameters: Mapping[str, Any]
+    scalars: Scalars
+
+
+class Outcome(NamedTuple):
+    """What a backend reports of a step: elements left untouched, by entry of the plan."""
+
+    untouched: list[tuple[int, int]]
+
+    @property
+    def total(self) -> int:
+        """Number of elements left untouched."""
+        return sum(count for _, count in self.untouched)
+
+
+@dataclass
+class Plan:
+    """Every parameter of an optimizer in the order of its groups.
+
+    Attributes:
+        entries: (parameter, group index, row or `None` without a gradient, its state dict).
+        cacheable: Whether the rows stay true while nothing moves; not so for staged copies.
+    """
+
+    rule: Rule
+    entries: list[tuple[Any, int, Row | None, dict[str, Any] | None]] = field(default_factory=list)
+    cacheable: bool = True
+
+    def rows(self) -> Iterable[tuple[int, int, Row]]:
+        """Yield (entry, group, row) of the parameters that have a gradient."""
+        for index, (_, group, row, _) in enumerate(self.entries):
+            if row is not None:
+                yield index, group, row
+
+    def check_overlap(self) -> None:
+        """Refuse rows that would write the same memory twice.
+
+        Raises:
+            ValueError: Two parameters or state arrays share memory; both are named.
+        """
+        ranges = sorted(
+            (start, stop, row.name)
+            for _, _, row in self.rows()
+            for start, stop in row.written()
+            if stop > start
+        )
+        for (_, stop, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+            if start < stop:
+                what = (
+                    f"the state of parameter {name!r} overlaps itself"
+                    if name == other
+                    else f"parameters {name!r} and {other!r} share memory"
+                )
+                raise ValueError(f"{what}: one step would update it twice; pass one of them only")
+
+
+class Backend(Protocol):
+    """Who does the arithmetic. It knows no framework's classes."""
+
+    name: str
+
+    def run(
+        self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
+    ) -> Outcome:
+        """Take one step of every row.
+
+        Args:
+            plan: The rows; already checked.
+            buckets: The scalars of each group and step count that occurs.
+            grad_scale: Multiplies every gradient (clipping, loss scale).
+            guard: Leave elements untouched whose new state would not be finite.
+        """
+        ...
+
+    def sum_squares(self, plan: Plan) -> float:
+        """Return the sum of squares of all gradients, in float64."""
+        ...
+
+
+def salt_of(name: str) -> int:
+    """Hash a parameter's name to 64 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def make_bucket(rule: Rule, index: int, group: Mapping[str, Any], step: int) -> Bucket:
+    """Compute the scalars of one group and step count: here a policy becomes one number.
+
+    Args:
+        rule: The update rule.
+        index: Of the group, as in `Plan.entries`.
+        group: Hyperparameters of the group, numbers only.
+        step: 1-based count of the step about to be taken.
+    """
+    policy, weight_decay = group["decay_policy"], float(group["weight_decay"])
+    lr = float(group["lr"])
+    decay = decay_share(policy, lr=lr, base_lr=float(group["base_lr"]), weight_decay=weight_decay)
+    l2 = l2_coefficient(policy, weight_decay=weight_decay)
+    return Bucket(index, step, group, rule.scalars(group, step, decay, l2))
+
+
+def layout_of(shape: Sequence[int], strides: Sequence[int]) -> str:
+    """Classify how an array lies in memory.
+
+    Args:
+        shape: Extent of each dimension.
+        strides: In elements.
+
+    Returns:
+        `"dense"` (any order of dimensions, no gaps), `"strided"` (gaps), or `"overlapping"` (elements
+        share memory, or could: the strides do not exclude it).
+
+    Example:
+        >>> layout_of((2, 3), (1, 2)), layout_of((4,), (2,)), layout_of((4,), (0,))
+        ('dense', 'strided', 'overlapping')
+    """
+    if 0 in shape:
+        return "dense"
+    expected, dense = 1, True
+    for stride, extent in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if stride < expected:
+            return "overlapping"
+        dense = dense and stride == expected
+        expected = stride * extent
+    return "dense" if dense and all(s > 0 for n, s in zip(shape, strides, strict=True) if n > 1) else "strided"
+
+
+def extents_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Return shape and stride of each dimension other than one, flat, as `csrc/tensor.h` does."""
+    return tuple(
+        value for n, s in zip(shape, strides, strict=True) if n != 1 for value in (n, s)
+    )
