@@ -1,0 +1,84 @@
+"""What importing each part loads, and what `ebbtide` says where the laboratory is missing."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import ebbtide
+from ebbtide.__main__ import VERBS
+
+HEAVY = {"matplotlib", "numpy", "optuna", "rich", "scipy", "sklearn", "torch", "typer"}
+
+# Parts and the packages they may load; every other one gets by with the standard library.
+MAY_LOAD = {
+    "ebbtide.backends": {"numpy"},
+    "ebbtide.cli": {"numpy", "rich", "typer"},
+    "ebbtide.lab": {"numpy"},
+    "ebbtide.numpy": {"numpy"},
+    "ebbtide.torch": {"numpy", "torch"},
+}
+
+PARTS = sorted(module.name for module in pkgutil.iter_modules(ebbtide.__path__, "ebbtide."))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(ebbtide.__path__, "ebbtide."))
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize("part", ["ebbtide", *PARTS])
+def test_importing_a_part_loads_no_more_than_it_may(part: str) -> None:
+    run = python("-c", f"import sys, {part}; print(*sys.modules)")
+    assert run.returncode == 0, run.stderr
+    assert HEAVY & set(run.stdout.split()) <= MAY_LOAD.get(part, set())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_names_what_a_module_defines(name: str) -> None:
+    module = importlib.import_module(name)
+    public = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_") and getattr(value, "__module__", None) == name
+    }
+    assert public <= set(getattr(module, "__all__", public))
+    assert [key for key in getattr(module, "__all__", ()) if not hasattr(module, key)] == []
+
+
+def test_version_is_that_of_the_installed_distribution() -> None:
+    assert ebbtide.__version__ == importlib.metadata.version("ebbtide")
+    with pytest.raises(AttributeError, match="no attribute 'versoin'"):
+        _ = ebbtide.versoin
+
+
+# Blocks typer, as in an installation without the lab extra, and runs the command.
+WITHOUT_LAB = "import sys; sys.modules['typer'] = None; from ebbtide.__main__ import main; main()"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_without_the_laboratory_names_verbs_and_remedy(arguments: list[str]) -> None:
+    run = python("-c", WITHOUT_LAB, *arguments)
+    assert run.returncode == 0, run.stderr
+    assert all(verb in run.stdout for verb in VERBS)
+    assert "pip install 'ebbtide[lab]'" in run.stdout
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "no-such-verb"])
+def test_a_verb_without_the_laboratory_is_one_line_and_status_2(verb: str) -> None:
+    run = python("-c", WITHOUT_LAB, verb)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == "ebbtide: typer is not installed: pip install 'ebbtide[lab]'\n"
+
+
+def test_help_with_the_laboratory_names_every_verb() -> None:
+    run = python("-m", "ebbtide", "--help")
+    assert run.returncode == 0, run.stderr
+    assert all(verb in run.stdout for verb in VERBS)
