@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=build/core --editable
+# Without site's hooks, of which the editable installation is one: see sanitize.
+PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 CORE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .PHONY: help demo test test-all develop lint bench sanitize wheel clean
@@ -35,6 +37,14 @@ lint: .venv/everything
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+sanitize: .venv/everything
+	$(INSTALL) --no-build-isolation --no-deps --upgrade --target build/sanitize \
+	  --config-settings=build-dir=build/sanitize-core \
+	  --config-settings=cmake.define.EBBTIDE_SANITIZE=ON .
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize:$(PACKAGES) \
+	  $(BIN)/python -S -m pytest -m 'not slow and not gpu' tests
 
 wheel: .venv/tools
 	$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
