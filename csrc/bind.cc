@@ -46,11 +46,26 @@ void choose(const std::string& name) {
 // (address, scale address, format)
 Field field(const nb::tuple& t) {
   return {reinterpret_cast<void*>(nb::cast<uintptr_t>(t[0])),
-          reinterpret_cast<void*>(nb::cast<uintptr_t>(t[1])), Format(nb::cast<int32_t>(t[2]))};
+          reinterpret_cast<void*>(nb::cast<uintptr_t>(t[1])), Format(nb::cast<int32_t>(nb::int_(t[2])))};
 }
 
+// Guards against two threads stepping one optimizer while the GIL is released.
+struct Busy {
+  explicit Busy(bool& flag) : flag(flag) {
+    if (flag) throw std::runtime_error("this optimizer is already stepping in another thread");
+    flag = true;
+  }
+  ~Busy() { flag = false; }
+  bool& flag;
+};
+
+struct BoundTable : Table {
+  using Table::Table;
+  bool busy = false;
+};
+
 // One row from a plan.Row; `param` and `state` are the objects to watch.
-void add(Table& table, nb::object param, int32_t group, nb::object row, nb::object state) {
+void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb::object state) {
   Entry e;
   e.group = group;
   e.param = param.inc_ref().ptr();
@@ -84,21 +99,6 @@ void add(Table& table, nb::object param, int32_t group, nb::object row, nb::obje
   }
   table.entries.push_back(std::move(e));
 }
-
-// Guards against two threads stepping one optimizer while the GIL is released.
-struct Busy {
-  explicit Busy(bool& flag) : flag(flag) {
-    if (flag) throw std::runtime_error("this optimizer is already stepping in another thread");
-    flag = true;
-  }
-  ~Busy() { flag = false; }
-  bool& flag;
-};
-
-struct BoundTable : Table {
-  using Table::Table;
-  bool busy = false;
-};
 
 int64_t run(BoundTable& table, const nb::bytes& buckets, double grad_scale, bool guard) {
   const Busy busy(table.busy);

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebbtide.rules import Rule
-from ebbtide.weight_decay import DECAY_POLICIES
+from ebbtide.weight_decay import DECAY_POLICIES, decay_share
 
-__all__ = ["NONFINITE_POLICIES", "OURS", "known_keys", "validate_group"]
+__all__ = ["NONFINITE_POLICIES", "OURS", "known_keys", "signature", "validate_group"]
 
 NONFINITE_POLICIES = ("raise", "skip", "propagate")
 
@@ -67,17 +67,25 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
             f"Invalid decay_policy: {policy!r}; one of {', '.join(DECAY_POLICIES)}{where}"
         )
     base_lr = _number(group, "base_lr", "base_lr", where)
-    if policy in ("independent", "corrected") and weight_decay != 0 and base_lr == 0:
+    if policy in ("independent", "corrected") and base_lr == 0:
         raise ValueError(
             f"base_lr is 0, and decay_policy={policy!r} divides by it: pass base_lr, the peak "
             f"learning rate{where}"
         )
-    if policy == "decoupled" and lr * weight_decay >= 1:
+    share = decay_share(policy, lr=lr, base_lr=base_lr, weight_decay=weight_decay)
+    if share >= 1:
         raise ValueError(
-            f"lr * weight_decay is {lr * weight_decay:g}: a step would remove the whole "
-            f"parameter or flip its sign; it must be below 1{where}"
+            f"lr={lr:g} and weight_decay={weight_decay:g} would remove {share:g} of the parameter "
+            f"in one step under decay_policy={policy!r}; the share must be below 1{where}"
         )
     _check_spelling(rule, group, where)
+
+
+def signature(rule: Rule, group: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what `validate_group` looks at, to see cheaply whether a group has changed."""
+    own = ("betas", "eps") if rule.name == "adam" else _SGD
+    keys = ("lr", "weight_decay", "decay_policy", "base_lr", *own)
+    return (len(group), *[group[key] for key in keys])
 
 
 def _number(group: Mapping[str, Any], key: str, what: str, where: str) -> float:

@@ -8,6 +8,7 @@ runs the plan.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -25,9 +26,11 @@ __all__ = [
     "Outcome",
     "Plan",
     "Row",
+    "clip_scale",
     "extents_of",
     "layout_of",
     "make_bucket",
+    "nonfinite_message",
     "salt_of",
 ]
 
@@ -232,11 +235,39 @@ def layout_of(shape: Sequence[int], strides: Sequence[int]) -> str:
             return "overlapping"
         dense = dense and stride == expected
         expected = stride * extent
-    return "dense" if dense and all(s > 0 for n, s in zip(shape, strides, strict=True) if n > 1) else "strided"
+    forward = all(s > 0 for n, s in zip(shape, strides, strict=True) if n > 1)
+    return "dense" if dense and forward else "strided"
 
 
 def extents_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Return shape and stride of each dimension other than one, flat, as `csrc/tensor.h` does."""
-    return tuple(
-        value for n, s in zip(shape, strides, strict=True) if n != 1 for value in (n, s)
+    return tuple(value for n, s in zip(shape, strides, strict=True) if n != 1 for value in (n, s))
+
+
+def clip_scale(sum_squares: float, max_norm: float | None) -> float:
+    """Return what the gradients are multiplied by to clip their global norm.
+
+        scale ← min(1, max_norm / (√sum_squares + 10⁻⁶))
+
+    The same scale as `torch.nn.utils.clip_grad_norm_`; 1 where nothing is clipped.
+    """
+    if max_norm is None:
+        return 1.0
+    return min(1.0, max_norm / (math.sqrt(sum_squares) + 1e-6))
+
+
+def nonfinite_message(rows: Iterable[tuple[str, int, int]], step: int) -> str:
+    """Word the error for gradients that are not finite.
+
+    Args:
+        rows: (name, elements left untouched, elements in all) of each parameter concerned.
+        step: 1-based count of the step.
+    """
+    rows = list(rows)
+    shown = ", ".join(f"{name!r} ({count} of {numel})" for name, count, numel in rows[:8])
+    more = f" and {len(rows) - 8} more parameters" if len(rows) > 8 else ""
+    return (
+        f"non-finite gradient (or too large to square) at step {step} in {shown}{more}; those "
+        'elements were left untouched, the rest of the step is complete. nonfinite="skip" drops '
+        'such steps, "propagate" lets them through as torch does'
     )

@@ -1,9 +1,9 @@
 """The compiled core behind the backend interface.
 
 `CompiledBackend` keeps one native table for its optimizer. A step is one native call: it checks
-every parameter, state array and gradient against the table, takes the gradients' addresses, and runs
-all rows in one parallel region. Where anything moved it answers "stale", nothing is written, and the face plans
-anew.
+every parameter, state array and gradient against the table, takes the gradients' addresses, and
+runs all rows in one parallel region. Where anything moved it answers "stale", nothing is written,
+and the face plans anew.
 """
 
 from __future__ import annotations

@@ -51,17 +51,14 @@ class _Array:
 
 
 class PureBackend:
-    """Runs plans through `ebbtide.reference`.
-
-    Args:
-        asked: Whether the user asked for it; otherwise it warns once that it is slow.
-    """
+    """Runs plans through `ebbtide.reference`. Says once that it is slow."""
 
     name = "pure"
+    buckets: tuple[tuple[int, int], ...] = ()
     _warned = False
 
-    def __init__(self, *, asked: bool) -> None:
-        if not asked and not PureBackend._warned:
+    def __init__(self) -> None:
+        if not PureBackend._warned:
             PureBackend._warned = True
             warnings.warn(
                 "ebbtide runs without its compiled core, one element at a time: right, but "
@@ -70,6 +67,16 @@ class PureBackend:
                 stacklevel=4,
             )
 
+    def load(self, plan: Plan) -> list[tuple[int, int]]:
+        """Return the (group, step) pairs that the plan needs scalars for."""
+        return list(dict.fromkeys((group, _next_step(row)) for _, group, row in plan.rows()))
+
+    def forget(self) -> None:
+        """Do nothing: every step is planned anew."""
+
+    def rerun(self, *_: object) -> None:
+        """Do nothing: there is no table to run again."""
+
     def run(
         self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
     ) -> Outcome:
@@ -77,9 +84,9 @@ class PureBackend:
         by_key = {(bucket.group, bucket.step): bucket for bucket in buckets}
         untouched = []
         for index, group, row in plan.rows():
+            bucket = by_key[group, _next_step(row)]
+            count = _run_row(row, bucket, grad_scale, guard, plan.rule.name)
             counter = _step_counter(row)
-            step = int(counter[0]) + 1 if counter is not None else row.count + 1
-            count = _run_row(row, by_key[group, step], grad_scale, guard, plan.rule.name)
             if counter is not None:
                 counter[0] += 1
             if count:
@@ -96,8 +103,7 @@ class PureBackend:
         )
 
 
-def step_count(row: Row) -> int:
-    """Return the 1-based count of the step that the row is about to take."""
+def _next_step(row: Row) -> int:
     counter = _step_counter(row)
     return (row.count if counter is None else int(counter[0])) + 1
 
@@ -127,7 +133,9 @@ def _run_row(row: Row, bucket: Bucket, grad_scale: float, guard: bool, rule: str
             untouched += 1
             new = old
         element = row.first_block * 128 + row.lead + i
-        param.put(i, new[0], codecs.dither_bits(key, element, state=False) if row.stochastic else None)
+        param.put(
+            i, new[0], codecs.dither_bits(key, element, state=False) if row.stochastic else None
+        )
         for k, array in enumerate(state):
             bits = codecs.dither_bits(key, element, state=True) if k > 0 else None
             array.put(i, new[1 + k], bits)
