@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,16 @@ def test_version_is_that_of_the_installed_distribution() -> None:
     assert ebbtide.__version__ == importlib.metadata.version("ebbtide")
     with pytest.raises(AttributeError, match="no attribute 'versoin'"):
         _ = ebbtide.versoin
+
+
+def test_the_stub_of_the_core_is_what_nanobind_generates(tmp_path: Path) -> None:
+    stub = tmp_path / "_core.pyi"
+    run = python("-m", "nanobind.stubgen", "-q", "-m", "ebbtide._core", "-o", str(stub))
+    assert run.returncode == 0, run.stderr
+    committed = Path(ebbtide.__path__[0], "_core.pyi")
+    assert stub.read_text() == committed.read_text(), (
+        f"python -m nanobind.stubgen -m ebbtide._core -o {committed}"
+    )
 
 
 # Blocks typer, as in an installation without the lab extra, and runs the command.
