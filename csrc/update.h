@@ -73,7 +73,7 @@ inline V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S>& s) {
   V direction = grad;
   if (momentum_buffer != nullptr) {
     V& buffer = *momentum_buffer;
-    buffer = madd(splat<V>(s.buffer_keep), buffer, s.buffer_add * grad);
+    buffer = madd(splat<V>(s.buffer_add), grad, s.buffer_keep * buffer);
     direction = s.nesterov != 0 ? madd(splat<V>(s.momentum), buffer, grad) : buffer;
   }
   const V kept = decayed(param, s.lr * direction, s);
