@@ -6,14 +6,17 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import ebbtide
-from ebbtide.__main__ import VERBS
+from ebbtide.__main__ import EXTRAS, VERBS
+from ebbtide.cli import app
 
 HEAVY = {"matplotlib", "numpy", "optuna", "rich", "scipy", "sklearn", "torch", "typer"}
 
@@ -73,13 +76,15 @@ def test_the_stub_of_the_core_is_what_nanobind_generates(tmp_path: Path) -> None
     )
 
 
-# Blocks typer, as in an installation without the lab extra, and runs the command.
-WITHOUT_LAB = "import sys; sys.modules['typer'] = None; from ebbtide.__main__ import main; main()"
+# Blocks a package, as in an installation without its extra, and runs the command.
+WITHOUT = (
+    "import sys; sys.modules[sys.argv.pop(1)] = None; from ebbtide.__main__ import main; main()"
+)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help_without_the_laboratory_names_verbs_and_remedy(arguments: list[str]) -> None:
-    run = python("-c", WITHOUT_LAB, *arguments)
+    run = python("-c", WITHOUT, "typer", *arguments)
     assert run.returncode == 0, run.stderr
     assert all(verb in run.stdout for verb in VERBS)
     assert "pip install 'ebbtide[lab]'" in run.stdout
@@ -87,13 +92,21 @@ def test_help_without_the_laboratory_names_verbs_and_remedy(arguments: list[str]
 
 @pytest.mark.parametrize("verb", [*VERBS, "no-such-verb"])
 def test_a_verb_without_the_laboratory_is_one_line_and_status_2(verb: str) -> None:
-    run = python("-c", WITHOUT_LAB, verb)
+    run = python("-c", WITHOUT, "typer", verb)
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr == "ebbtide: typer is not installed: pip install 'ebbtide[lab]'\n"
 
 
-def test_help_with_the_laboratory_names_every_verb() -> None:
-    run = python("-m", "ebbtide", "--help")
-    assert run.returncode == 0, run.stderr
-    assert all(verb in run.stdout for verb in VERBS)
+def test_verbs_are_those_of_the_command_line() -> None:
+    assert {*VERBS} == {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
+
+
+def test_extras_bring_the_packages_that_the_command_line_may_miss() -> None:
+    distribution = {"sklearn": "scikit-learn"}
+    brought = {
+        (re.split("[^a-z0-9-]", requirement)[0], extra)
+        for requirement in importlib.metadata.requires("ebbtide") or ()
+        for extra in re.findall("extra == ['\"](.+)['\"]", requirement)
+    }
+    assert {(distribution.get(name, name), extra) for name, extra in EXTRAS.items()} <= brought

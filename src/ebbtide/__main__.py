@@ -1,45 +1,51 @@
 """The command `ebbtide`, also as `python -m ebbtide`.
 
-Works in an installation without the `lab` extra as far as saying what there is and how to get it.
+Where packages of the laboratory are missing, it says what there is and how to get it.
 """
 
 from __future__ import annotations
 
 import sys
 
-__all__ = ["main"]
+__all__ = ["EXTRAS", "VERBS", "main"]
 
 VERBS = ("compare", "doctor")
 
-_HELP = f"""\
-Usage: ebbtide VERB ...
-
-Verbs: {", ".join(VERBS)}
-
-The verbs need the laboratory's packages: pip install 'ebbtide[lab]'"""
+# Which extra of the distribution brings a package that a verb may miss.
+EXTRAS = {
+    "jinja2": "lab",
+    "matplotlib": "lab",
+    "optuna": "lab",
+    "rich": "lab",
+    "sklearn": "lab",
+    "typer": "lab",
+    "torch": "torch",
+}
 
 
 def main() -> None:
-    """Run the command line, or say what it needs.
+    """Run the command line.
 
     Raises:
-        SystemExit: Status 2 if a verb is asked for without the `lab` extra.
+        SystemExit: Always, with the status of the verb; 2 if it lacks a package.
     """
     try:
         from ebbtide.cli import main as run
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("rich", "typer"):
-            raise
-        _explain(sys.argv[1:], error.name)
-    else:
+
         run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _explain(package, sys.argv[1:])
 
 
-def _explain(arguments: list[str], missing: str) -> None:
-    if not arguments or arguments[0] in ("--help", "-h"):
-        print(_HELP)
+def _explain(package: str, arguments: list[str]) -> None:
+    remedy = f"pip install 'ebbtide[{EXTRAS[package]}]'"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"Usage: ebbtide VERB ...\n\nVerbs: {', '.join(VERBS)}\n\nThey need more: {remedy}")
         return
-    print(f"ebbtide: {missing} is not installed: pip install 'ebbtide[lab]'", file=sys.stderr)
+    print(f"ebbtide: {package} is not installed: {remedy}", file=sys.stderr)
     raise SystemExit(2)
 
 
