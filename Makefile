@@ -7,7 +7,7 @@ EDITABLE := $(INSTALL) --no-build-isolation --config-settings=build-dir=build/co
 PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 CORE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help demo test test-all develop lint bench sanitize wheel clean
+.PHONY: help demo test test-all develop lint bench sanitize wheel docs clean
 
 help:
 	@echo 'make demo      train one model under four optimizers; a report with pictures (no torch)'
@@ -17,7 +17,8 @@ help:
 	@echo 'make lint      ruff, mypy, import-linter, clang-format'
 	@echo 'make bench     how fast a step is, beside torch'
 	@echo 'make sanitize  the core under the address and undefined-behaviour sanitizers'
-	@echo 'make wheel     a wheel in dist/'
+	@echo 'make wheel     a wheel in dist/, and the suite over it'
+	@echo 'make docs      the documentation as a site in build/site'
 	@echo 'make clean     remove what make made, reports/ excepted'
 
 demo: .venv/lab
@@ -46,8 +47,17 @@ sanitize: .venv/everything
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize:$(PACKAGES) \
 	  $(BIN)/python -S -m pytest -m 'not slow and not gpu' tests
 
+# The wheel is tried where nothing else of this clone is installed.
 wheel: .venv/tools
+	rm -rf dist
 	$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/pip install -qq --constraint constraints.txt "$$(ls dist/*.whl)[lab,torch,dev]"
+	build/wheel/bin/pytest -m 'not slow and not gpu' tests
+
+docs: .venv/tools
+	$(INSTALL) zensical
+	$(BIN)/zensical build
 
 clean:
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
