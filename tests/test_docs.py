@@ -54,5 +54,25 @@ def test_commands_exist(document: Path) -> None:
     assert set(re.findall(r"^ebbtide ([a-z-]+)", shell + spans, re.MULTILINE)) <= set(VERBS)
 
 
+def test_the_tree_in_contributing_names_every_file() -> None:
+    tree = snippets((ROOT / "CONTRIBUTING.md").read_text(), "text")[-1][1]
+    named = {
+        name.partition("/")[0] for name in re.findall(r"^  (\S+[./]\S*)  ", tree, re.MULTILINE)
+    }
+    folders = (ROOT / "csrc", ROOT / "src" / "ebbtide")
+    files = {path.name for folder in folders for path in folder.iterdir()}
+    assert named == files - {"py.typed", "__pycache__"}
+
+
+def test_every_page_can_be_reached_from_the_first() -> None:
+    pages, reached = {ROOT / "docs" / "index.md"}, set[Path]()
+    while pages:
+        page = pages.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
+        pages |= {(page.parent / link).resolve() for link in links} - reached
+    assert {*(ROOT / "docs").rglob("*.md")} <= reached
+
+
 def test_the_readme_is_among_the_documents_and_has_snippets() -> None:
     assert snippets((ROOT / "README.md").read_text(), "python")
