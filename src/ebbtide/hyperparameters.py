@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
-from ebbtide.rules import Rule
-from ebbtide.weight_decay import DECAY_POLICIES, decay_share
+from ebbtide.rules import Rule, Scalars
+from ebbtide.weight_decay import DECAY_POLICIES, decay_share, l2_coefficient
 
-__all__ = ["NONFINITE_POLICIES", "OURS", "known_keys", "signature", "validate_group"]
+__all__ = ["NONFINITE_POLICIES", "OURS", "GroupReader", "known_keys", "numbers", "validate_group"]
 
 NONFINITE_POLICIES = ("raise", "skip", "propagate")
 
@@ -28,6 +29,9 @@ OURS: dict[str, Any] = {
 _TORCH = ("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused")
 _ADAM = ("betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay")
 _SGD = ("momentum", "dampening", "nesterov")
+# What a step depends on.
+_READ = ("lr", "weight_decay", "decay_policy", "base_lr", "cautious", "maximize", "seed")
+_READ_ADAM = ("betas", "eps", "bias_correction")
 # Written by torch's schedulers, or kept beside the groups.
 _FOREIGN = (
     "params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "max_momentum",
@@ -81,11 +85,55 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
     _check_spelling(rule, group, where)
 
 
-def signature(rule: Rule, group: Mapping[str, Any]) -> tuple[object, ...]:
-    """Return what `validate_group` looks at, to see cheaply whether a group has changed."""
-    own = ("betas", "eps") if rule.name == "adam" else _SGD
-    keys = ("lr", "weight_decay", "decay_policy", "base_lr", *own)
-    return (len(group), *[group[key] for key in keys])
+def numbers(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the group with one-element tensors as numbers; the group itself if it has none."""
+    found = {key: value.item() for key, value in group.items() if _is_tensor(value)}
+    if any(_is_tensor(beta) for beta in group.get("betas", ())):
+        found["betas"] = tuple(float(beta) for beta in group["betas"])
+    return {**group, **found} if found else group
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "item") and getattr(value, "size", None) is not None
+
+
+class GroupReader:
+    """Reads one group for a step; checks and prepares anew only when the group has changed.
+
+    Args:
+        rule: The update rule.
+        where: Put behind each message, such as `" (param group 1)"`.
+        decays: Whether the group's weight decay reaches these parameters.
+    """
+
+    def __init__(self, rule: Rule, where: str = "", *, decays: bool = True) -> None:
+        self._rule = rule
+        self._where = where
+        self._decays = decays
+        self._values = itemgetter(*_READ, *(_READ_ADAM if rule.name == "adam" else _SGD))
+        self._seen: tuple[Any, ...] | None = None
+
+    def read(self, group: Mapping[str, Any]) -> Callable[[int], Scalars]:
+        """Return the function from step count to scalars (`Rule.prepare`).
+
+        Raises:
+            TypeError, ValueError: As `validate_group`.
+        """
+        values = (len(group), *self._values(group))
+        if self._seen is not None and self._seen == values:
+            return self._prepared
+        checked = numbers(group)
+        validate_group(self._rule, checked, self._where)
+        policy, weight_decay = checked["decay_policy"], float(checked["weight_decay"])
+        if not self._decays:
+            weight_decay = 0.0
+        lr, base_lr = float(checked["lr"]), float(checked["base_lr"])
+        decay = decay_share(policy, lr=lr, base_lr=base_lr, weight_decay=weight_decay)
+        l2 = l2_coefficient(policy, weight_decay=weight_decay)
+        self._prepared = self._rule.prepare(checked, decay, l2)
+        # Tensors change in place, so they must be read in every step.
+        self._seen = values if checked is group else None
+        return self._prepared
 
 
 def _number(group: Mapping[str, Any], key: str, what: str, where: str) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
-from ebbtide.hyperparameters import NONFINITE_POLICIES, signature, validate_group
+from ebbtide.hyperparameters import NONFINITE_POLICIES, GroupReader, validate_group
 from ebbtide.plan import (
     Bucket,
     Field,
@@ -29,7 +29,6 @@ from ebbtide.plan import (
     clip_scale,
     extents_of,
     layout_of,
-    make_bucket,
     nonfinite_message,
     salt_of,
 )
@@ -86,7 +85,6 @@ class _Optimizer:
         self._backend: CompiledBackend | PureBackend = (
             CompiledBackend() if available() else PureBackend()
         )
-        self._checked: dict[int, object] = {}
         for group in _as_groups(params):
             self.add_param_group(group)
         if not self._names:
@@ -154,6 +152,11 @@ class _Optimizer:
                     for name, array in group["params"].items()
                     if decays[name] == (part == 0)
                 ]
+        self._readers = [
+            GroupReader(self._rule, f" (param group {index})", decays=decays)
+            for index in range(len(self.param_groups))
+            for decays in (True, False)
+        ]
         self._lists: list[list[Array]] = [[] for _ in range(2 * len(self.param_groups))]
         for _, array, part in self._order:
             self._lists[part].append(array)
@@ -192,17 +195,12 @@ class _Optimizer:
         by_name = dict(zip(self._names, grads, strict=True))
         return [by_name[name] for name, _, _ in self._order]
 
-    def _hyperparameters(self, part: int) -> Mapping[str, Any]:
-        group = self.param_groups[part // 2]
-        return group if part % 2 == 0 else {**group, "weight_decay": 0.0}
-
     def _buckets(self, keys: Sequence[tuple[int, int]]) -> list[Bucket]:
-        for index, group in enumerate(self.param_groups):
-            values = signature(self._rule, group)
-            if self._checked.get(index) != values:
-                validate_group(self._rule, group, f" (param group {index})")
-                self._checked[index] = values
-        return [make_bucket(self._rule, p, self._hyperparameters(p), step) for p, step in keys]
+        return [
+            Bucket(part, self._readers[part].read(group)(step), group)
+            for part, step in keys
+            for group in (self.param_groups[part // 2],)
+        ]
 
     @property
     def _plain(self) -> bool:

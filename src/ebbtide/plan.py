@@ -15,7 +15,6 @@ from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 from ebbtide.rules import Rule, Scalars
-from ebbtide.weight_decay import decay_share, l2_coefficient
 
 __all__ = [
     "BLOCK",
@@ -29,7 +28,6 @@ __all__ = [
     "clip_scale",
     "extents_of",
     "layout_of",
-    "make_bucket",
     "nonfinite_message",
     "salt_of",
 ]
@@ -108,12 +106,11 @@ class Row:
 
 
 class Bucket(NamedTuple):
-    """The rows of one group that are about to take the same step, and its scalars."""
+    """The scalars of the rows of one group that are about to take the same step."""
 
     group: int
-    step: int
-    hyperparameters: Mapping[str, Any]
     scalars: Scalars
+    hyperparameters: Mapping[str, Any]
 
 
 class Outcome(NamedTuple):
@@ -194,22 +191,6 @@ class Backend(Protocol):
 def salt_of(name: str) -> int:
     """Hash a parameter's name to 64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def make_bucket(rule: Rule, index: int, group: Mapping[str, Any], step: int) -> Bucket:
-    """Compute the scalars of one group and step count: here a policy becomes one number.
-
-    Args:
-        rule: The update rule.
-        index: Of the group, as in `Plan.entries`.
-        group: Hyperparameters of the group, numbers only.
-        step: 1-based count of the step about to be taken.
-    """
-    policy, weight_decay = group["decay_policy"], float(group["weight_decay"])
-    lr = float(group["lr"])
-    decay = decay_share(policy, lr=lr, base_lr=float(group["base_lr"]), weight_decay=weight_decay)
-    l2 = l2_coefficient(policy, weight_decay=weight_decay)
-    return Bucket(index, step, group, rule.scalars(group, step, decay, l2))
 
 
 def layout_of(shape: Sequence[int], strides: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ count, and every backend reads the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,43 +62,59 @@ class Rule:
             return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def scalars(self, group: Mapping[str, Any], step: int, decay: float, l2: float) -> Scalars:
-        """Compute the scalars of one step.
+    def prepare(self, group: Mapping[str, Any], decay: float, l2: float) -> Callable[[int], Scalars]:
+        """Read a group once; what is returned gives the scalars of a step.
 
         Args:
-            group: Hyperparameters, read by torch's names.
-            step: 1-based count of the step about to be taken. For SGD only 1 or more matters.
+            group: Hyperparameters as numbers, by torch's names.
             decay: Share of θ removed, from `ebbtide.weight_decay.decay_share`.
             l2: Coefficient of θ in the gradient.
 
         Returns:
-            The scalars, all finite.
+            A function of the 1-based count of the step about to be taken (for SGD only 1 or more
+            matters). Its scalars are finite.
         """
-        lr = float(group["lr"])
-        sign = -1.0 if group["maximize"] else 1.0
-        caution = 1.0 if group["cautious"] else 0.0
-        seed = float(group["seed"])
-        if self.name == "sgd":
-            momentum = float(group["momentum"])
-            first = step == 1
-            return Scalars(
-                lr, decay, l2, caution, sign,
-                momentum=momentum,
-                buffer_keep=0.0 if first else momentum,
-                buffer_add=1.0 if first else 1.0 - float(group["dampening"]),
-                nesterov=1.0 if group["nesterov"] else 0.0,
-                step=float(step), seed=seed,
-            )  # fmt: skip
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        corrected = group["bias_correction"]
+        common = (
+            float(group["lr"]),
+            decay,
+            l2,
+            1.0 if group["cautious"] else 0.0,
+            -1.0 if group["maximize"] else 1.0,
+        )
+        prepare = _prepare_adam if self.name == "adam" else _prepare_sgd
+        return prepare(group, common, float(group["seed"]))
+
+
+def _prepare_adam(
+    group: Mapping[str, Any], common: tuple[float, ...], seed: float
+) -> Callable[[int], Scalars]:
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    corrected = bool(group["bias_correction"])
+    lr, *_ = common
+    fixed = (*common, 1 - beta1, beta2, 1 - beta2, float(group["eps"]))
+
+    def scalars(step: int) -> Scalars:
         bias_correction1 = 1 - beta1**step if corrected else 1.0
         bias_correction2 = 1 - beta2**step if corrected else 1.0
-        return Scalars(
-            lr, decay, l2, caution, sign,
-            1 - beta1, beta2, 1 - beta2, float(group["eps"]),
-            lr / bias_correction1, math.sqrt(bias_correction2),
-            step=float(step), seed=seed,
-        )  # fmt: skip
+        step_size, root = lr / bias_correction1, math.sqrt(bias_correction2)
+        return Scalars._make((*fixed, step_size, root, 0.0, 0.0, 1.0, 0.0, float(step), seed))
+
+    return scalars
+
+
+def _prepare_sgd(
+    group: Mapping[str, Any], common: tuple[float, ...], seed: float
+) -> Callable[[int], Scalars]:
+    momentum = float(group["momentum"])
+    add = 1.0 - float(group["dampening"])
+    nesterov = 1.0 if group["nesterov"] else 0.0
+    fixed = (*common, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, momentum)
+
+    def scalars(step: int) -> Scalars:
+        keep_add = (0.0, 1.0) if step == 1 else (momentum, add)
+        return Scalars._make((*fixed, *keep_add, nesterov, float(step), seed))
+
+    return scalars
 
 
 ADAM = Rule("adam", counts_steps=True)

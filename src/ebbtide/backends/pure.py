@@ -81,7 +81,7 @@ class PureBackend:
         self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
     ) -> Outcome:
         """Take one step of every row through the reference."""
-        by_key = {(bucket.group, bucket.step): bucket for bucket in buckets}
+        by_key = {(each.group, int(each.scalars.step)): each for each in buckets}
         untouched = []
         for index, group, row in plan.rows():
             bucket = by_key[group, _next_step(row)]
@@ -118,7 +118,7 @@ def _step_counter(row: Row) -> ctypes.Array[ctypes.c_float] | ctypes.Array[ctype
 def _run_row(row: Row, bucket: Bucket, grad_scale: float, guard: bool, rule: str) -> int:
     param, grad = _Array(row.param, row.numel), _Array(row.grad, row.numel)
     state = [_Array(each, row.numel) for each in row.state]
-    key = codecs.row_key(int(bucket.scalars.seed), bucket.step, row.salt)
+    key = codecs.row_key(int(bucket.scalars.seed), int(bucket.scalars.step), row.salt)
     one = _adam_element if rule == "adam" else _sgd_element
     limit = 1.7976931348623157e308 if row.param.format is Format.FLOAT64 else 3.4028234663852886e38
     untouched = 0
@@ -147,7 +147,7 @@ def _adam_element(old: tuple[float, ...], grad: float, bucket: Bucket) -> tuple[
     new = reference.adam(
         reference.AdamState(*old),
         grad,
-        step=bucket.step,
+        step=int(scalars.step),
         lr=scalars.lr,
         betas=(float(group["betas"][0]), float(group["betas"][1])),
         eps=scalars.eps,
@@ -162,7 +162,7 @@ def _adam_element(old: tuple[float, ...], grad: float, bucket: Bucket) -> tuple[
 
 def _sgd_element(old: tuple[float, ...], grad: float, bucket: Bucket) -> tuple[float, ...]:
     group, scalars = bucket.hyperparameters, bucket.scalars
-    buffer = old[1] if len(old) > 1 and bucket.step > 1 else None
+    buffer = old[1] if len(old) > 1 and bucket.scalars.step > 1 else None
     new = reference.sgd(
         reference.SGDState(old[0], buffer),
         grad,

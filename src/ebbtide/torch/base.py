@@ -12,8 +12,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
-from ebbtide.hyperparameters import NONFINITE_POLICIES, OURS, signature, validate_group
-from ebbtide.plan import Bucket, Outcome, clip_scale, make_bucket, nonfinite_message
+from ebbtide.hyperparameters import NONFINITE_POLICIES, OURS, GroupReader, numbers, validate_group
+from ebbtide.plan import Bucket, Outcome, clip_scale, nonfinite_message
 from ebbtide.rules import Rule
 from ebbtide.torch.rows import Planner
 
@@ -58,7 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         self._backend: CompiledBackend | PureBackend = (
             CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
         )
-        self._checked: dict[int, object] = {}
+        self._readers: list[GroupReader] = []
         self._stepped: list[torch.Tensor] = []
         self._warned_no_gradients = False
 
@@ -221,13 +221,14 @@ class Optimizer(torch.optim.Optimizer):
         return outcome
 
     def _buckets(self, keys: Sequence[tuple[int, int]]) -> list[Bucket]:
-        groups = [numbers(group) for group in self.param_groups]
-        for index, group in enumerate(groups):
-            values = signature(self._rule, group)
-            if self._checked.get(index) != values:
-                validate_group(self._rule, group, f" (param group {index})")
-                self._checked[index] = values
-        return [make_bucket(self._rule, index, groups[index], step) for index, step in keys]
+        groups = self.param_groups
+        while len(self._readers) < len(groups):
+            where = f" (param group {len(self._readers)})"
+            self._readers.append(GroupReader(self._rule, where))
+        return [
+            Bucket(index, self._readers[index].read(groups[index])(step), groups[index])
+            for index, step in keys
+        ]
 
     def _names(self, index: int) -> Iterable[str]:
         group = self.param_groups[index]
@@ -296,19 +297,6 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state.get(param)
             if state and "step" in state and not torch.is_tensor(state["step"]):
                 state["step"] = torch.tensor(float(state["step"]))
-
-
-def numbers(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the group with tensor hyperparameters as numbers; the group itself if it has none."""
-    found = {
-        key: value.item()
-        for key, value in group.items()
-        if isinstance(value, torch.Tensor) and value.numel() == 1
-    }
-    betas = group.get("betas")
-    if betas is not None and any(isinstance(beta, torch.Tensor) for beta in betas):
-        found["betas"] = tuple(float(beta) for beta in betas)
-    return {**group, **found} if found else group
 
 
 def _check_dtypes(group: dict[str, Any]) -> None:
