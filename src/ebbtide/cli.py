@@ -1,0 +1,147 @@
+"""The command line: verbs over the library's public face.
+
+Start-up must stay quick, so a verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ebbtide.lab.compare import Request
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ebbtide",
+    help="The AdamW family: compare optimizers, and see what weight decay does.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Run the command line and exit.
+
+    Bad input ends with one line on standard error and status 2, Ctrl-C with status 130.
+
+    Raises:
+        SystemExit: Always.
+    """
+    from ebbtide.lab.errors import InputError
+
+    try:
+        status = typer.main.get_command(app).main(prog_name="ebbtide", standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", status=130)
+    except Exception as error:
+        # Typer's own errors live in different modules in its different versions.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int = 2) -> None:
+    print("ebbtide: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(status)
+
+
+@app.callback()
+def _verbs() -> None:
+    """Keep the verbs a group even while there is only one."""
+
+
+@app.command()
+def compare(
+    task: Annotated[str, typer.Option(help="What to train: digits.")] = "digits",
+    optimizers: Annotated[
+        str, typer.Option(help="Which to compare, comma-separated.")
+    ] = "sgd,sgdw,adam,adamw",
+    lr: Annotated[
+        str | None, typer.Option(help="Grid in AdamW's units, such as 1e-4..1e-1:7 or 0.001,0.01.")
+    ] = None,
+    weight_decay: Annotated[
+        str | None, typer.Option(help="Grid in AdamW's units, such as 0,3e-3..3:7.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Paired test seeds; 10.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/compare"),
+    quick: Annotated[bool, typer.Option(help="A small grid and short runs.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one model under several optimizers, each at its best settings, and report."""
+    from ebbtide.lab.compare import Request
+
+    request = Request(task, optimizers, lr, weight_decay, seeds, seed, quick)
+    _compare(request, out, as_json)
+
+
+def _compare(request: Request, out: Path, as_json: bool) -> None:
+    from ebbtide.lab.compare import COMMAND, write_report
+    from ebbtide.lab.experiment import run
+    from ebbtide.lab.folder import RESULTS, check_folder
+    from ebbtide.lab.progress import Progress
+
+    experiment = request.experiment()
+    check_folder(out, COMMAND)
+    progress = Progress()
+    try:
+        with progress:
+            arms = run(experiment, progress)
+            write_report(experiment, arms, out)
+    except KeyboardInterrupt:
+        kept = f"the earlier report in {out} is untouched" if out.exists() else "nothing is written"
+        _fail(f"interrupted with {progress.share:.0%} of the training done; {kept}", status=130)
+    if as_json:
+        print((out / RESULTS).read_text(encoding="utf-8"), end="")
+    else:
+        _print_results(arms, out)
+
+
+def _print_results(arms: Any, out: Path) -> None:
+    from ebbtide.lab.compare import RESULT_COLUMNS, metric_sentence, result_rows
+
+    for arm in arms:
+        columns = [*RESULT_COLUMNS[:-1], f"Against {arm.reference.spec.label}"]
+        _print_table(arm.arm.title, columns, result_rows(arm))
+        typer.echo(metric_sentence(arm) + "\n")
+    typer.echo(f"Report: {(out / 'report.html').resolve()}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine runs: instruction set, threads, versions."""
+    from ebbtide.backends.cpu import describe
+
+    facts = describe()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print_table("", ["", ""], list(facts.items()))
+
+
+def _print_table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", show_header=any(columns), box=None)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # A pipe has no width to wrap to.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)

@@ -1,0 +1,295 @@
+"""Compare optimizers, each at its own best settings.
+
+The protocol, fixed before any number is seen:
+
+1. Every optimizer searches a grid of the same size, placed by its units (`optimizers.py`).
+2. Cells are chosen by the mean of the validation metric over the selection seeds, and compared
+   at the end of training only.
+3. The chosen cell is trained anew under test seeds that played no part in the choice, and only
+   the test metric of these runs is reported. The best cell without weight decay is trained
+   beside it.
+4. Seeds are paired: a seed fixes data, start and order, the same for every optimizer, and
+   differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Event
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbtide.lab.errors import Stopped
+from ebbtide.lab.optimizers import OptimizerSpec, scaled_grid
+from ebbtide.lab.statistics import Interval, bootstrap_mean, paired_difference
+from ebbtide.lab.tasks import Arm, Cell, Outcomes, Task, Tick
+
+__all__ = ["ArmResult", "Experiment", "Grid", "OptimizerResult", "Watcher", "run"]
+
+T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """Whoever shows how far the work has come."""
+
+    def start(self, title: str, total: int) -> None:
+        """Announce work of `total` units."""
+
+    def advance(self, units: int) -> None:
+        """Count units done; called from several threads."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared on what.
+
+    Attributes:
+        task: The training problems.
+        specs: The optimizers.
+        lrs: Learning rates of the grid, in AdamW's units, increasing.
+        weight_decays: Weight decays of the grid, in AdamW's units, increasing.
+        selection_seeds: Seeds that cells are chosen by.
+        test_seeds: Seeds that the chosen cells are measured by; none of the others.
+        curve_points: Points of the loss curves.
+    """
+
+    task: Task
+    specs: tuple[OptimizerSpec, ...]
+    lrs: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    selection_seeds: tuple[int, ...]
+    test_seeds: tuple[int, ...]
+    curve_points: int = 31
+
+    def total_steps(self) -> int:
+        """Return the training steps of the whole experiment."""
+        chosen = 2 if self.weight_decays[0] == 0 else 1
+        cells = len(self.lrs) * len(self.weight_decays) * len(self.selection_seeds)
+        runs = cells + chosen * len(self.test_seeds)
+        return runs * len(self.specs) * sum(arm.steps for arm in self.task.arms)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The selection runs of one optimizer: L learning rates by W weight decays.
+
+    Attributes:
+        lrs: In the optimizer's own units, (L,).
+        weight_decays: In the optimizer's own units, (W,).
+        validation: Metric of each selection seed, (S, L, W); NaN where it diverged.
+        best: Index of the best cell.
+    """
+
+    lrs: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    validation: NDArray[np.float64]
+    best: tuple[int, int]
+
+    @property
+    def diverged(self) -> NDArray[np.bool_]:
+        """Whether any seed diverged, (L, W)."""
+        return np.asarray(np.isnan(self.validation).any(axis=0))
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean over the seeds, (L, W); NaN where any seed diverged."""
+        return np.asarray(self.validation.mean(axis=0), np.float64)
+
+    def cell(self, place: tuple[int, int]) -> Cell:
+        """Return the settings at an index."""
+        return Cell(self.lrs[place[0]], self.weight_decays[place[1]])
+
+    def edges(self) -> tuple[str, ...]:
+        """Say on which edges of the grid the best cell lies, where the grid could go on."""
+        (row, column), found = self.best, []
+        if len(self.lrs) > 1 and row == 0:
+            found.append("smallest lr")
+        if len(self.lrs) > 1 and row == len(self.lrs) - 1:
+            found.append("largest lr")
+        if len(self.weight_decays) > 1 and column == len(self.weight_decays) - 1:
+            found.append("largest weight decay")
+        # No decay at all has nothing below it.
+        if len(self.weight_decays) > 1 and column == 0 and self.weight_decays[0] > 0:
+            found.append("smallest weight decay")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class OptimizerResult:
+    """One optimizer on one arm.
+
+    Attributes:
+        spec: The optimizer.
+        grid: Its selection runs.
+        chosen: The best cell under the test seeds, (R, 1).
+        undecayed: The best cell without weight decay under the test seeds, (R, 1); None where
+            the grid has no such cell.
+    """
+
+    spec: OptimizerSpec
+    grid: Grid
+    chosen: Outcomes
+    undecayed: Outcomes | None
+
+    @property
+    def best(self) -> Cell:
+        """The chosen settings."""
+        return self.grid.cell(self.grid.best)
+
+    def test(self) -> Interval:
+        """Return the test metric of the chosen cell."""
+        return bootstrap_mean(self.chosen.test[:, 0])
+
+    def gain_from_decay(self) -> Interval | None:
+        """Return by how much decay raises the test metric, or None where this is not known."""
+        if self.undecayed is None:
+            return None
+        return paired_difference(self.chosen.test[:, 0], self.undecayed.test[:, 0])
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """All optimizers on one arm."""
+
+    arm: Arm
+    results: tuple[OptimizerResult, ...]
+
+    @property
+    def reference(self) -> OptimizerResult:
+        """The one the others are compared with: AdamW if it took part, else the last."""
+        named = {result.spec.name: result for result in self.results}
+        return named.get("adamw", self.results[-1])
+
+    def others(self) -> tuple[OptimizerResult, ...]:
+        """Return all but the reference."""
+        return tuple(result for result in self.results if result is not self.reference)
+
+    def advantage(self, other: OptimizerResult) -> Interval:
+        """Return the test metric of the reference minus that of another."""
+        return paired_difference(self.reference.chosen.test[:, 0], other.chosen.test[:, 0])
+
+
+def run(experiment: Experiment, watcher: Watcher) -> tuple[ArmResult, ...]:
+    """Carry out an experiment on all processors.
+
+    Runs share nothing, so the numbers do not depend on how many there are.
+
+    Raises:
+        InputError: Every cell of some optimizer's grid diverged.
+        KeyboardInterrupt: Passed on once the training threads have stopped, which takes a moment.
+    """
+    arms = experiment.task.arms
+    pairs = [(arm, spec) for arm in arms for spec in experiment.specs]
+    watcher.start(experiment.task.title, experiment.total_steps())
+    stop = Event()
+
+    def tick(steps: int) -> None:
+        if stop.is_set():
+            raise Stopped
+        watcher.advance(steps)
+
+    def search(arm: Arm, spec: OptimizerSpec, seed: int) -> NDArray[np.float64]:
+        return _search(experiment, arm, spec, seed, tick)
+
+    def measure(arm: Arm, spec: OptimizerSpec, grid: Grid) -> OptimizerResult:
+        return _measure(experiment, arm, spec, grid, tick)
+
+    jobs = [(arm, spec, seed) for arm, spec in pairs for seed in experiment.selection_seeds]
+    searched = _map(search, jobs, stop)
+    seeds = len(experiment.selection_seeds)
+    grids = [
+        _grid(experiment, arm, spec, searched[i * seeds : (i + 1) * seeds])
+        for i, (arm, spec) in enumerate(pairs)
+    ]
+    measured = _map(measure, [(*pair, g) for pair, g in zip(pairs, grids, strict=True)], stop)
+    count = len(experiment.specs)
+    return tuple(
+        ArmResult(arm, tuple(measured[i * count : (i + 1) * count])) for i, arm in enumerate(arms)
+    )
+
+
+def _search(
+    experiment: Experiment, arm: Arm, spec: OptimizerSpec, seed: int, tick: Tick
+) -> NDArray[np.float64]:
+    """Train the grid under one seed; returns the validation metric (L, W), NaN where it diverged.
+
+    Cells that would remove a whole parameter in one step are not trained and count as diverged.
+    """
+    lrs, weight_decays = scaled_grid(spec, experiment.lrs, experiment.weight_decays)
+    cells = [Cell(lr, weight_decay) for lr in lrs for weight_decay in weight_decays]
+    possible = np.array([spec.can_run(cell.lr, cell.weight_decay) for cell in cells])
+    validation = np.full(len(cells), np.nan)
+    if possible.any():
+        chosen = [cell for cell, can_run in zip(cells, possible, strict=True) if can_run]
+        outcomes = arm.train(spec, chosen, [seed], curve_points=1, tick=tick)
+        validation[possible] = np.where(outcomes.diverged, np.nan, outcomes.validation)[0]
+    tick(int((~possible).sum()) * arm.steps)
+    return validation.reshape(len(lrs), len(weight_decays))
+
+
+def _grid(
+    experiment: Experiment, arm: Arm, spec: OptimizerSpec, seeds: Sequence[NDArray[np.float64]]
+) -> Grid:
+    """Gather the seeds of one optimizer and choose its best cell."""
+    lrs, weight_decays = scaled_grid(spec, experiment.lrs, experiment.weight_decays)
+    validation = np.stack(seeds)
+    row, column = divmod(arm.metric.best(validation.mean(axis=0)), len(weight_decays))
+    return Grid(lrs, weight_decays, validation, (row, column))
+
+
+def _measure(
+    experiment: Experiment, arm: Arm, spec: OptimizerSpec, grid: Grid, tick: Tick
+) -> OptimizerResult:
+    """Train the chosen cells under the test seeds."""
+    cells = [grid.cell(grid.best)]
+    if grid.weight_decays[0] == 0:
+        cells.append(grid.cell((_best_undecayed(arm, grid), 0)))
+    outcomes = arm.train(
+        spec, cells, experiment.test_seeds, curve_points=experiment.curve_points, tick=tick
+    )
+    chosen, *rest = (_column(outcomes, i) for i in range(len(cells)))
+    return OptimizerResult(spec, grid, chosen, rest[0] if rest else None)
+
+
+def _best_undecayed(arm: Arm, grid: Grid) -> int:
+    column = grid.mean[:, 0]
+    return 0 if np.isnan(column).all() else arm.metric.best(column)
+
+
+def _column(outcomes: Outcomes, index: int) -> Outcomes:
+    keep = slice(index, index + 1)
+    return Outcomes(
+        outcomes.validation[:, keep],
+        outcomes.test[:, keep],
+        outcomes.diverged[:, keep],
+        outcomes.steps,
+        outcomes.train_loss[:, keep],
+        outcomes.test_loss[:, keep],
+    )
+
+
+def _map(work: Callable[..., T], jobs: Iterable[tuple[object, ...]], stop: Event) -> list[T]:
+    """Return the results of the jobs in order, done on all processors.
+
+    The first failure, or Ctrl-C, stops the others at their next tick.
+    """
+    from threadpoolctl import threadpool_limits
+
+    # A thread a job: BLAS's own threads would only get in each other's way.
+    with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(work, *job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failures = [error for future in done if (error := future.exception())]
+            if failures:
+                raise failures[0]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [future.result() for future in futures]

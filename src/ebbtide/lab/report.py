@@ -1,0 +1,110 @@
+"""A report as one HTML file with everything in it: no other file, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ebbtide.lab.pictures import DARK, LIGHT, Draw, Theme, to_png, to_svg
+
+__all__ = ["Picture", "Report", "Section", "Table", "picture_files", "render"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the one sentence it comes to.
+
+    Attributes:
+        name: File name without its ending.
+        draw: Draws it.
+        conclusion: Said under it, and read aloud in its place.
+    """
+
+    name: str
+    draw: Draw
+    conclusion: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells, as many in each row as there are headings.
+        caption: What the table holds.
+        emphasised: Index of a row to stress, if any.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    emphasised: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what belongs under it, in this order."""
+
+    title: str
+    text: str = ""
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report.
+
+    Attributes:
+        title: Heading.
+        lead: What it is about.
+        findings: The conclusions, most important first, as (heading, sentence).
+        sections: The body.
+        method: How the numbers came about, a sentence an item.
+        facts: Versions, seeds and the like.
+    """
+
+    title: str
+    lead: str
+    findings: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+    method: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(report: Report) -> bytes:
+    """Return the report as an HTML file; every text in it is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ebbtide.lab"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sources"] = _sources
+    return environment.get_template("report.html").render(report=report).encode()
+
+
+def picture_files(report: Report) -> dict[str, bytes]:
+    """Return every picture as a PNG file by its name."""
+    pictures = [picture for section in report.sections for picture in section.pictures]
+    return {f"{picture.name}.png": to_png(picture.draw) for picture in pictures}
+
+
+def _sources(picture: Picture) -> dict[str, str]:
+    """Return the picture as data addresses: light and dark, wide and narrow."""
+    return {
+        f"{theme.name}_{'narrow' if narrow else 'wide'}": _address(picture.draw, theme, narrow)
+        for theme in (LIGHT, DARK)
+        for narrow in (False, True)
+    }
+
+
+def _address(draw: Draw, theme: Theme, narrow: bool) -> str:
+    code = base64.b64encode(to_svg(draw, theme=theme, narrow=narrow)).decode()
+    return f"data:image/svg+xml;base64,{code}"

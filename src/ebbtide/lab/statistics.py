@@ -1,0 +1,75 @@
+"""Intervals from a handful of seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+__all__ = ["Interval", "bootstrap_mean", "paired_difference"]
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the range it is known to."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sign of the mean is certain."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap_mean(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Return the mean with its expanded percentile bootstrap interval.
+
+    The plain percentile interval of n values is too narrow by about √((n-1)/n)·z/t; the
+    expanded one takes its percentiles further out by that much.
+
+    Args:
+        values: One number a seed; at least one. With a single value the interval is unbounded.
+        confidence: Share of such intervals that hold the true mean, in (0, 1).
+
+    Example:
+        >>> interval = bootstrap_mean([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> interval.low < 2 < interval.mean == 3 < 4 < interval.high
+        True
+
+    References:
+        Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.4,
+        arXiv:1411.5279.
+    """
+    from scipy.special import stdtrit
+
+    sample = np.asarray(values, dtype=np.float64)
+    count = sample.size
+    mean = float(sample.mean())
+    if count == 1 or not np.isfinite(sample).all():
+        return Interval(mean, -np.inf, np.inf, count)
+    quantile = stdtrit(count - 1, 0.5 + confidence / 2) * np.sqrt(count / (count - 1))
+    tail = NormalDist().cdf(-float(quantile))
+    # A fixed seed: the same numbers always print the same interval.
+    chosen = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    low, high = np.quantile(sample[chosen].mean(axis=1), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high), count)
+
+
+def paired_difference(first: Sequence[float] | ArrayLike, second: ArrayLike) -> Interval:
+    """Return the interval of first - second, seed by seed.
+
+    Example:
+        What the seeds share cancels:
+
+        >>> paired_difference([10.0, 20.0, 30.0], [9.0, 19.0, 29.0]).low
+        1.0
+    """
+    return bootstrap_mean(np.asarray(first, np.float64) - np.asarray(second, np.float64))
