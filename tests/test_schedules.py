@@ -24,6 +24,7 @@ from ebbtide.schedules import (
     Reciprocal,
     Schedule,
     Warmup,
+    parse_schedule,
 )
 
 FIRST_CYCLES = range(1, 21)
@@ -215,3 +216,45 @@ def test_bad_argument_is_refused_by_name(build: object, names: str) -> None:
     assert callable(build)
     with pytest.raises(ValueError, match=names):
         build()
+
+
+@pytest.mark.parametrize(
+    ("text", "warmup", "schedule"),
+    [
+        ("constant", 0, Constant()),
+        ("constant", 100, Warmup(100, Constant())),
+        ("linear", 0, Linear(1000)),
+        ("linear:end=0.1", 100, Warmup(100, Linear(900, end=0.1))),
+        ("cosine: end=0.1, start=0.5", 0, Cosine(1000, 0.5, 0.1)),
+        ("polynomial:power=2", 0, Polynomial(1000, 2)),
+        ("inverse-sqrt", 100, Warmup(100, InverseSqrt(100))),
+        ("inverse-sqrt:scale=50", 0, InverseSqrt(50)),
+        ("wsd:decay=200", 100, WSD(100, 700, 200)),
+        ("wsd:decay=20%,shape=sqrt,end=0.1", 0, WSD(0, 800, 200, 0.1, "sqrt")),
+        ("restarts:first=10%,factor=2", 0, CosineRestarts(100, 2)),
+        ("restarts:first=100,peak=0.5,end=0.01", 0, CosineRestarts(100, 1, 0.01, 0.5)),
+    ],
+)
+def test_schedule_is_read_from_text(text: str, warmup: int, schedule: Schedule) -> None:
+    assert parse_schedule(text, total_steps=1000, warmup_steps=warmup) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "warmup", "names"),
+    [
+        ("cosin", 0, "choose from constant, linear, cosine"),
+        ("cosine:T=5", 0, "no setting 'T=5'; it has start, end"),
+        ("cosine:end", 0, "no setting 'end'"),
+        ("cosine:end=low", 0, "end must be a number, got 'low'"),
+        ("wsd", 0, "needs decay"),
+        ("wsd:decay=2000", 0, "stable_steps"),
+        ("polynomial", 0, "needs power"),
+        ("restarts", 0, "needs first"),
+        ("inverse-sqrt", 0, "needs a warmup"),
+        ("cosine", 1000, "shorter than the run"),
+        ("wsd:decay=10%,shape=round", 0, "shape"),
+    ],
+)
+def test_text_that_is_no_schedule_is_refused(text: str, warmup: int, names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        parse_schedule(text, total_steps=1000, warmup_steps=warmup)

@@ -15,8 +15,10 @@ from ebbtide.schedules._arithmetic import Schedule
 from ebbtide.schedules.combine import Join, Reciprocal, Warmup
 from ebbtide.schedules.restarts import CosineRestarts, Cycle, CycleNormalized
 from ebbtide.schedules.shapes import WSD, Constant, Cosine, InverseSqrt, Linear, Polynomial
+from ebbtide.schedules.spec import SCHEDULE_NAMES, parse_schedule
 
 __all__ = [
+    "SCHEDULE_NAMES",
     "WSD",
     "Constant",
     "Cosine",
@@ -30,4 +32,5 @@ __all__ = [
     "Reciprocal",
     "Schedule",
     "Warmup",
+    "parse_schedule",
 ]
