@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["EXTRAS", "VERBS", "main"]
 
-VERBS = ("compare", "doctor")
+VERBS = ("compare", "doctor", "explain", "convert")
 
 # Which extra of the distribution brings a package that a verb may miss.
 EXTRAS = {

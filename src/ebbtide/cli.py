@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ebbtide import cli_science
+
 if TYPE_CHECKING:
     from ebbtide.lab.compare import Request
 
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+cli_science.register(app)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Conversion:
         return self.value
 
     def __str__(self) -> str:
-        accuracy = "the same steps" if self.exact else "approximate"
+        accuracy = "exact" if self.exact else "approximate"
         lines = [f"{self.value:.6g}", f"  {self.rule}: {self.formula} ({accuracy})"]
         return "\n".join([*lines, f"  {self.note}"] if self.note else lines)
 

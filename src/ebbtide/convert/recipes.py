@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from ebbtide.convert._conversion import Conversion, check_range, check_rate
 
-__all__ = ["SpreadConversion", "adam_l2_to_adamw", "sgd_recipe_to_adamw"]
+__all__ = ["DEAD_BELOW", "SpreadConversion", "adam_l2_to_adamw", "sgd_recipe_to_adamw"]
+
+# A weight with a smaller √v̂ has no gradient to speak of: eps alone is 1e-8.
+DEAD_BELOW = 1e-8
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def sgd_recipe_to_adamw(
 
 
 def adam_l2_to_adamw(
-    weight_decay: float, root_v_hats: Iterable[float], *, dead_below: float = 1e-8
+    weight_decay: float, root_v_hats: Iterable[float], *, dead_below: float = DEAD_BELOW
 ) -> SpreadConversion:
     """Turn the L2 of Adam into a decoupled weight decay, from the √v̂ of a real run.
 

@@ -46,7 +46,13 @@ RESCALE_RULES = {
         0.5, 0.5, 1, -0.5, -1, "batch × k, same epochs; keeps the noise of Adam's path", _SDE
     ),
     "batch-linear": RescaleRule(
-        1, 0, 0, 0, -1, "batch × k, same epochs; SGD's linear rule", "Goyal et al. 2017, 1706.02677"
+        1,
+        0,
+        0,
+        0,
+        -1,
+        "batch × k, same epochs; SGD's linear rule",
+        "Goyal et al. 2017, arXiv:1706.02677",
     ),
     "data-epochs": RescaleRule(
         0, -1, 0, 0, 1, "data × m, same batch and epochs; keeps τ in epochs", _TIMESCALE
@@ -71,7 +77,13 @@ RESCALE_RULES = {
     ),
     "width-mup": RescaleRule(-1, 1, 0, 0, 0, "width × s, hidden matrices; keeps lr·λ", _TIMESCALE),
     "width-sqrt": RescaleRule(
-        -1, 0.5, 0, 0, 0, "width × s, hidden matrices; λ with √s", "Fan et al. 2025, 2510.15262"
+        -1,
+        0.5,
+        0,
+        0,
+        0,
+        "width × s, hidden matrices; λ with √s",
+        "Fan et al. 2025, arXiv:2510.15262",
     ),
     "width-power": RescaleRule(
         -1, None, 0, 0, 0, "width × s, hidden matrices; λ with s^exponent", "the caller's exponent"

@@ -47,7 +47,7 @@ def judge(*, largest_share: float, total_decay: float, steps: float) -> tuple[st
     if total_decay < _WEAK_BELOW:
         return "weak", f"{lost}: its effect will be hard to tell from noise."
     if total_decay <= _ACTIVE_TO:
-        return "active", f"{lost}: enough to shape the result, too little to forget it."
+        return "active", f"{lost}: enough to matter, too little to forget recent steps."
     return "short memory", (
         f"The weights forget what is older than about {steps / total_decay:,.0f} steps, "
         f"{1.0 / total_decay:.1%} of the run."

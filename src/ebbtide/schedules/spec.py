@@ -46,6 +46,8 @@ def parse_schedule(text: str, *, total_steps: int, warmup_steps: int = 0) -> Sch
     name, _, settings = text.strip().partition(":")
     if name not in _BUILDERS:
         raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULE_NAMES)}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"the warmup of {warmup_steps} steps must be shorter than the run of {total_steps}"
