@@ -59,6 +59,16 @@ struct Busy {
   bool& flag;
 };
 
+// Holds the cyclic collector off while a step holds the gradients' wrappers: thousands of
+// objects that live for a moment would set it off in every step (half of a step of 2,000 small tensors).
+struct NoCollection {
+  NoCollection() : was_on(PyGC_Disable()) {}
+  ~NoCollection() {
+    if (was_on) PyGC_Enable();
+  }
+  int was_on;
+};
+
 struct BoundTable : Table {
   using Table::Table;
   bool busy = false;
@@ -100,22 +110,39 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
   table.entries.push_back(std::move(e));
 }
 
-int64_t run(BoundTable& table, const nb::bytes& buckets, double grad_scale, bool guard) {
-  const Busy busy(table.busy);
-  const auto* first = static_cast<const Bucket*>(buckets.data());
-  const int64_t n = int64_t(buckets.size() / sizeof(Bucket));
-  nb::gil_scoped_release release;
-  return table.run(first, n, grad_scale, guard);
+// From plan.Bucket tuples: (group, scalars, ...).
+std::vector<Bucket> read_buckets(const nb::list& list) {
+  std::vector<Bucket> buckets(nb::len(list));
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    PyObject* bucket = PyList_GET_ITEM(list.ptr(), Py_ssize_t(i));
+    PyObject* scalars = PyTuple_Check(bucket) ? PyTuple_GetItem(bucket, 1) : nullptr;
+    if (scalars == nullptr || !PyTuple_Check(scalars) || PyTuple_GET_SIZE(scalars) != kScalarCount) {
+      throw std::invalid_argument("buckets must hold plan.Bucket tuples");
+    }
+    buckets[i].group = double(PyLong_AsLong(PyTuple_GET_ITEM(bucket, 0)));
+    auto* to = reinterpret_cast<double*>(&buckets[i].scalars);
+    for (int k = 0; k < kScalarCount; ++k) to[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(scalars, k));
+  }
+  if (PyErr_Occurred()) throw nb::python_error();
+  return buckets;
 }
 
-int64_t step(BoundTable& table, nb::list groups, nb::handle grads, const nb::bytes& buckets,
+int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
+  const Busy busy(table.busy);
+  const std::vector<Bucket> read = read_buckets(buckets);
+  nb::gil_scoped_release release;
+  return table.run(read.data(), int64_t(read.size()), grad_scale, guard);
+}
+
+int64_t step(BoundTable& table, nb::list groups, nb::handle grads, const nb::list& buckets,
              double grad_scale, bool guard) {
+  const NoCollection off;
   if (!table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
     table.release_grads();
     return Table::kStale;
   }
   const int64_t result = run(table, buckets, grad_scale, guard);
-  if (result != Table::kMissingBucket) table.release_grads();
+  table.release_grads();
   return result;
 }
 

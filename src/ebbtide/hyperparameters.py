@@ -112,6 +112,7 @@ class GroupReader:
         self._decays = decays
         self._values = itemgetter(*_READ, *(_READ_ADAM if rule.name == "adam" else _SGD))
         self._seen: tuple[Any, ...] | None = None
+        self._prepared: Callable[[int], Scalars] | None = None
 
     def read(self, group: Mapping[str, Any]) -> Callable[[int], Scalars]:
         """Return the function from step count to scalars (`Rule.prepare`).
@@ -120,7 +121,7 @@ class GroupReader:
             TypeError, ValueError: As `validate_group`.
         """
         values = (len(group), *self._values(group))
-        if self._seen is not None and self._seen == values:
+        if self._prepared is not None and self._seen == values:
             return self._prepared
         checked = numbers(group)
         validate_group(self._rule, checked, self._where)

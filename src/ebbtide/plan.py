@@ -1,8 +1,8 @@
 """The plan: what a step will touch, as rows of addresses that know no framework.
 
-A face (`ebbtide.numpy`, `ebbtide.torch`) turns parameters, gradients and state into rows; everything
-that could make a step wrong is checked here or there, before anything is written. A backend
-runs the plan.
+A face (`ebbtide.numpy`, `ebbtide.torch`) turns parameters, gradients and state into rows;
+everything that could make a step wrong is checked here or there, before anything is written. A
+backend runs the plan.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from ebbtide.rules import Rule, Scalars
@@ -155,7 +156,7 @@ class Plan:
             for start, stop in row.written()
             if stop > start
         )
-        for (_, stop, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+        for (_, stop, name), (start, _, other) in pairwise(ranges):
             if start < stop:
                 what = (
                     f"the state of parameter {name!r} overlaps itself"
@@ -170,9 +171,7 @@ class Backend(Protocol):
 
     name: str
 
-    def run(
-        self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
-    ) -> Outcome:
+    def run(self, plan: Plan, buckets: list[Bucket], *, grad_scale: float, guard: bool) -> Outcome:
         """Take one step of every row.
 
         Args:
@@ -201,8 +200,8 @@ def layout_of(shape: Sequence[int], strides: Sequence[int]) -> str:
         strides: In elements.
 
     Returns:
-        `"dense"` (any order of dimensions, no gaps), `"strided"` (gaps), or `"overlapping"` (elements
-        share memory, or could: the strides do not exclude it).
+        `"dense"` (any order of dimensions, no gaps), `"strided"` (gaps), or `"overlapping"`
+        (elements share memory, or could: the strides do not exclude it).
 
     Example:
         >>> layout_of((2, 3), (1, 2)), layout_of((4,), (2,)), layout_of((4,), (0,))

@@ -2,8 +2,8 @@
 
 The general rules are written in `reference.py`; here they get names. A rule sees numbers only:
 the weight decay reaches it as `decay` (share of θ removed) and `l2` (coefficient of θ in the
-gradient), the schedule as `lr`. The scalars are computed in float64, once for each param group and step
-count, and every backend reads the same ones.
+gradient), the schedule as `lr`. The scalars are computed in float64, once for each param group and
+step count, and every backend reads the same ones.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Scalars(NamedTuple):
     """The numbers of one step for one group and step count, in the order of `csrc/step.h`.
 
     `grad_scale` multiplies the gradient (−1 climbs; clipping and loss scales multiply it
-    further). The Adam rule reads `exp_avg_weight` (1 − β1) to `sqrt_bias_correction2`; the SGD rule reads
-    `momentum` to `nesterov`. At the first step of a momentum buffer `momentum` enters the buffer
-    as 0 and the gradient as 1, hence `buffer_keep` and `buffer_add`.
+    further). The Adam rule reads `exp_avg_weight` (1 − β1) to `sqrt_bias_correction2`; the SGD
+    rule reads `momentum` to `nesterov`. At the first step of a momentum buffer `momentum` enters
+    the buffer as 0 and the gradient as 1, hence `buffer_keep` and `buffer_add`.
     """
 
     lr: float
@@ -62,7 +62,9 @@ class Rule:
             return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def prepare(self, group: Mapping[str, Any], decay: float, l2: float) -> Callable[[int], Scalars]:
+    def prepare(
+        self, group: Mapping[str, Any], decay: float, l2: float
+    ) -> Callable[[int], Scalars]:
         """Read a group once; what is returned gives the scalars of a step.
 
         Args:

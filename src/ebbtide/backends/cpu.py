@@ -9,8 +9,8 @@ and the face plans anew.
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ebbtide.plan import Bucket, Outcome, Plan
@@ -21,10 +21,9 @@ try:
 except ImportError:  # installed where no compiler was found
     _core = None  # type: ignore[assignment]
 
-__all__ = ["CompiledBackend", "available", "describe"]
+__all__ = ["CompiledBackend", "available", "describe", "one_thread"]
 
 _RULES = {"adam": 0, "sgd": 1}
-_BUCKET = struct.Struct(f"{1 + len(Scalars._fields)}d")
 
 if _core is not None:
     assert len(Scalars._fields) == _core.SCALAR_COUNT, "rules.py and csrc/step.h disagree"
@@ -52,6 +51,19 @@ def describe() -> dict[str, str]:
         "thread runtime": _core.thread_runtime(),
         "processor quota": "none" if _core.cpu_quota() >= 1 << 16 else str(_core.cpu_quota()),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Step on the caller's thread alone, for callers who run several optimizers side by side."""
+    if _core is None:
+        yield
+        return
+    _core.set_threads(1)
+    try:
+        yield
+    finally:
+        _core.set_threads(0)  # as many as the runtime gives again
 
 
 class CompiledBackend:
@@ -86,11 +98,9 @@ class CompiledBackend:
         self._buckets = table.needed()
         return self._buckets
 
-    def run(
-        self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
-    ) -> Outcome:
+    def run(self, plan: Plan, buckets: list[Bucket], *, grad_scale: float, guard: bool) -> Outcome:
         """Take one step of the plan last given to `load`."""
-        self._table.run(_packed(buckets), grad_scale, guard)
+        self._table.run(buckets, grad_scale, guard)
         outcome = Outcome(self._table.untouched())
         if plan.cacheable:
             self._buckets = self._table.needed()
@@ -107,7 +117,7 @@ class CompiledBackend:
         self,
         params: list[list[Any]],
         grads: list[Any] | None,
-        buckets: Sequence[Bucket],
+        buckets: list[Bucket],
         grad_scale: float,
         guard: bool,
     ) -> Outcome | None:
@@ -120,12 +130,8 @@ class CompiledBackend:
             grad_scale: Multiplies every gradient.
             guard: Leave elements untouched whose new state would not be finite.
         """
-        untouched = self._table.step(params, grads, _packed(buckets), grad_scale, guard)
+        untouched = self._table.step(params, grads, buckets, grad_scale, guard)
         if untouched < 0:
             return None
         self._buckets = [(group, step + 1) for group, step in self._buckets]
         return Outcome(self._table.untouched() if untouched else [])
-
-
-def _packed(buckets: Sequence[Bucket]) -> bytes:
-    return b"".join(_BUCKET.pack(bucket.group, *bucket.scalars) for bucket in buckets)

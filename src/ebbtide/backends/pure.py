@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 from ebbtide import codecs, reference
 from ebbtide.plan import Bucket, Field, Format, Outcome, Plan, Row
 
 __all__ = ["PureBackend"]
 
-_CTYPES = {
+_CTYPES: dict[Format, Any] = {
     Format.FLOAT32: ctypes.c_float,
     Format.FLOAT64: ctypes.c_double,
     Format.BFLOAT16: ctypes.c_uint16,
@@ -29,7 +29,9 @@ class _Array:
 
     def __init__(self, each: Field, numel: int) -> None:
         self.format = each.format
-        self._items = (_CTYPES[each.format] * numel).from_address(each.address) if numel else []
+        self._items: Any = (
+            (_CTYPES[each.format] * numel).from_address(each.address) if numel else ()
+        )
 
     def __getitem__(self, index: int) -> float:
         item = self._items[index]
@@ -42,12 +44,12 @@ class _Array:
     def put(self, index: int, value: float, bits: int | None) -> None:
         if self.format is Format.BFLOAT16:
             code = codecs.bfloat16_encode(value, None if bits is None else bits >> 16)
-            self._items[index] = code  # type: ignore[index]
+            self._items[index] = code
         elif self.format is Format.FLOAT16:
             code = codecs.float16_encode(value, None if bits is None else bits >> 19)
-            self._items[index] = code  # type: ignore[index]
+            self._items[index] = code
         else:
-            self._items[index] = value  # type: ignore[index]
+            self._items[index] = value
 
 
 class PureBackend:
@@ -77,9 +79,7 @@ class PureBackend:
     def rerun(self, *_: object) -> None:
         """Do nothing: there is no table to run again."""
 
-    def run(
-        self, plan: Plan, buckets: Sequence[Bucket], *, grad_scale: float, guard: bool
-    ) -> Outcome:
+    def run(self, plan: Plan, buckets: list[Bucket], *, grad_scale: float, guard: bool) -> Outcome:
         """Take one step of every row through the reference."""
         by_key = {(each.group, int(each.scalars.step)): each for each in buckets}
         untouched = []
