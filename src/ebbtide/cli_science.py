@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from ebbtide.forecast import DecayForecast, RunForecast
     from ebbtide.schedules import Schedule
 
-__all__ = ["register"]
+__all__ = [
+    "adam_l2",
+    "change_schedule",
+    "convert",
+    "decay",
+    "explain",
+    "normalized",
+    "register",
+    "rescale",
+    "rules",
+    "sgd_recipe",
+    "timescale_to_decay",
+]
 
 convert = typer.Typer(
     name="convert",

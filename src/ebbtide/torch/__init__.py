@@ -1,7 +1,23 @@
 """The torch face: drop-in AdamW, Adam and SGD, and what goes with them."""
 
+from ebbtide.torch.explain import explain as explain
+from ebbtide.torch.groups import ParamGroups as ParamGroups
+from ebbtide.torch.groups import param_groups as param_groups
 from ebbtide.torch.optimizers import SGD as SGD
 from ebbtide.torch.optimizers import Adam as Adam
 from ebbtide.torch.optimizers import AdamW as AdamW
+from ebbtide.torch.scales import gradient_scales as gradient_scales
+from ebbtide.torch.scales import gradient_scales_of_file as gradient_scales_of_file
+from ebbtide.torch.scheduler import Scheduler as Scheduler
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "ParamGroups",
+    "Scheduler",
+    "explain",
+    "gradient_scales",
+    "gradient_scales_of_file",
+    "param_groups",
+]
