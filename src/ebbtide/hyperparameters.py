@@ -32,10 +32,10 @@ _SGD = ("momentum", "dampening", "nesterov")
 # What a step depends on.
 _READ = ("lr", "weight_decay", "decay_policy", "base_lr", "cautious", "maximize", "seed")
 _READ_ADAM = ("betas", "eps", "bias_correction")
-# Written by torch's schedulers, or kept beside the groups.
+# Written by schedulers, or kept beside the groups.
 _FOREIGN = (
-    "params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "max_momentum",
-    "base_momentum", "swa_lr", "state_format", "master_format",
+    "params", "param_names", "name", "names", "initial_lr", "initial_weight_decay",
+    "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "state_format", "master_format",
 )  # fmt: skip
 
 
