@@ -39,6 +39,9 @@ lint: .venv/everything
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
+bench: .venv/everything
+	$(BIN)/python benchmarks/step.py
+
 sanitize: .venv/everything
 	$(INSTALL) --no-build-isolation --no-deps --upgrade --target build/sanitize \
 	  --config-settings=build-dir=build/sanitize-core \
