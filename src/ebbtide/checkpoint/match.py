@@ -43,6 +43,7 @@ class Difference:
         reshaped: Parameters saved with another shape.
         refused: State that cannot be used, with the reason.
         moved: Parameters whose group is another one; alone this keeps nothing from loading.
+        unmatched: Why no parameter at all could be matched.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -50,15 +51,16 @@ class Difference:
     reshaped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
-    headline: str = ""
+    unmatched: str = ""
 
     def __bool__(self) -> bool:
         """Whether something cannot be loaded as it is."""
-        return bool(self.missing or self.unexpected or self.reshaped or self.refused)
+        lists = (self.missing, self.unexpected, self.reshaped, self.refused)
+        return bool(self.unmatched) or any(lists)
 
     def __str__(self) -> str:
         """Show every list that is not empty, a line each."""
-        lines = [self.headline] if self.headline else []
+        lines = [self.unmatched] if self.unmatched else []
         for title, entries in (
             ("missing in the file", self.missing),
             ("unexpected in the file", self.unexpected),
@@ -172,8 +174,7 @@ def _result(
         taken = {other.index for other in found.values()}
         difference.unexpected += [_label(slot) for slot in saved if slot.index not in taken]
     elif not found and mine:
-        difference.headline = _sizes(saved, mine, groups)
-        difference.refused.append("nothing tells which parameter is which: there are no names")
+        difference.unmatched = _sizes(saved, mine, groups)
     if not same:
         difference.moved += [
             f"{_label(slot)} {found[slot.index].group} → {slot.group}"
@@ -207,8 +208,8 @@ def _sizes(saved: Sequence[Slot], mine: Sequence[Slot], groups: tuple[int, int])
         for side, number in ((saved, groups[0]), (mine, groups[1]))
     ]
     return (
-        f"{words}: saved groups of {counts[0]} parameters, here {counts[1]}. With names on both "
-        "sides, AdamW(model.named_parameters()), groups need not agree"
+        f"{words}: saved groups of {counts[0]} parameters, here {counts[1]}, and no names on both "
+        "sides that would tell which is which; AdamW(model.named_parameters()) keeps names"
     )
 
 

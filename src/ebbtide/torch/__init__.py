@@ -1,5 +1,8 @@
 """The torch face: drop-in AdamW, Adam and SGD, and what goes with them."""
 
+from ebbtide.torch.checkpoint import CheckpointError as CheckpointError
+from ebbtide.torch.checkpoint import load as load
+from ebbtide.torch.checkpoint import save as save
 from ebbtide.torch.explain import explain as explain
 from ebbtide.torch.groups import ParamGroups as ParamGroups
 from ebbtide.torch.groups import param_groups as param_groups
@@ -14,10 +17,13 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "CheckpointError",
     "ParamGroups",
     "Scheduler",
     "explain",
     "gradient_scales",
     "gradient_scales_of_file",
+    "load",
     "param_groups",
+    "save",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch.optim import optimizer as torch_optimizer
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.hyperparameters import NONFINITE_POLICIES, OURS, GroupReader, numbers, validate_group
-from ebbtide.plan import Bucket, Outcome, clip_scale, nonfinite_message
+from ebbtide.plan import Bucket, Outcome, Plan, clip_scale, nonfinite_message
 from ebbtide.rules import Rule
+from ebbtide.torch import ranks
+from ebbtide.torch.checkpoint import load_state_dict
 from ebbtide.torch.rows import Planner
 
 __all__ = ["Optimizer"]
@@ -22,6 +24,10 @@ __all__ = ["Optimizer"]
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 _pre_hooks = torch_optimizer._global_optimizer_pre_hooks
 _post_hooks = torch_optimizer._global_optimizer_post_hooks
+
+
+def _backend() -> CompiledBackend | PureBackend:
+    return CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -55,11 +61,10 @@ class Optimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self.last_step_skipped = False
         self.last_grad_norm: float | None = None
-        self._backend: CompiledBackend | PureBackend = (
-            CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
-        )
+        self._backend = _backend()
         self._readers: list[GroupReader] = []
         self._stepped: list[torch.Tensor] = []
+        self._meshes: list[Any] = []  # of DTensors; every rank of them takes part in a step
         self._warned_no_gradients = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
                 outcome = self._plan_and_run()
         if self._stepped:
             torch._C._increment_version(self._stepped)
-        if outcome.untouched and self.nonfinite == "raise":
+        if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
             self._raise_nonfinite(outcome)
         return loss
 
@@ -187,6 +192,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _plan_and_run(self) -> Outcome:
+        self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
         if self._scaler_found_inf():
             return self._skip()
         planner = Planner(self._rule, self.state)
@@ -204,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
         buckets = self._buckets(self._backend.load(plan))
         scale = 1.0 / self._loss_scale()
         if self.clip_grad_norm is not None or self.nonfinite == "skip":
-            total = self._backend.sum_squares(plan) * scale * scale
+            total = self._sum_squares(plan) * scale * scale
             self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
             if self.nonfinite == "skip" and not math.isfinite(total):
                 return self._skip()
@@ -219,6 +225,17 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped = [plan.entries[i][0] for i, _, _ in plan.rows()]
         self._warn_without_gradients()
         return outcome
+
+    def _sum_squares(self, plan: Plan) -> float:
+        if not self._meshes:
+            return self._backend.sum_squares(plan)
+
+        def of_part(part: Plan) -> float:
+            backend = _backend()
+            backend.load(part)
+            return backend.sum_squares(part)
+
+        return ranks.sum_squares(plan, of_part)
 
     def _buckets(self, keys: Sequence[tuple[int, int]]) -> list[Bucket]:
         groups = self.param_groups
@@ -242,7 +259,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _scaler_found_inf(self) -> bool:
         found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf != 0)
+        if found_inf is None:
+            return False
+        return ranks.any_rank(bool(found_inf != 0), self._meshes)
 
     def _skip(self) -> Outcome:
         self.last_step_skipped = True
@@ -267,9 +286,39 @@ class Optimizer(torch.optim.Optimizer):
             for index, group in enumerate(self.param_groups)
             for name, param in zip(self._names(index), group["params"], strict=True)
         ]
+        if not outcome.untouched:
+            raise FloatingPointError("non-finite gradient on another rank, which names it")
         rows = [(flat[i][0], count, flat[i][1].numel()) for i, count in outcome.untouched]
         step = self.state[flat[outcome.untouched[0][0]][1]].get("step", 0)
         raise FloatingPointError(nonfinite_message(rows, int(step)))
+
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        strict: bool = True,
+        keep: Collection[str] = (),
+    ) -> None:
+        """Load state and hyperparameters, from ours or from torch's class of the same name.
+
+        Parameters are matched by name where both sides have names, whatever their order and
+        grouping; else by position. State keeps the dtype it was saved in. How a step is computed
+        (`foreach`, `fused`, `capturable`, `differentiable`) is not taken from the file. All or
+        nothing: where this raises, nothing has changed.
+
+        Args:
+            state_dict: From `state_dict` here or of `torch.optim`; it is copied.
+            strict: Refuse a state that lacks parameters, has others, other shapes or unusable
+                values. With `False` what fits is loaded, the rest starts anew, and a warning lists
+                it.
+            keep: Group keys whose values here are kept, such as `("lr", "weight_decay")`. Keeping
+                `lr` keeps `initial_lr` and `base_lr` with it.
+
+        Raises:
+            CheckpointError: A `ValueError`; it lists what is missing, unexpected, of another shape,
+                moved between groups or unusable.
+        """
+        load_state_dict(self, state_dict, strict=strict, keep=keep)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling keeps: torch's three entries and our options."""

@@ -10,6 +10,7 @@ import torch
 
 from ebbtide.plan import BLOCK, Field, Format, Plan, Row, extents_of, layout_of, salt_of
 from ebbtide.rules import Rule
+from ebbtide.torch.ranks import distributed, local_grad, local_of, shard_offset, sharded_like
 
 __all__ = ["Planner", "local_of"]
 
@@ -22,15 +23,6 @@ FORMATS = {
     torch.complex128: Format.FLOAT64,
 }
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the shard this process holds of a distributed tensor, or the tensor itself.
-
-    `data_ptr()` of a DTensor is 0, without an error.
-    """
-    local = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
 
 
 @dataclass
@@ -99,21 +91,22 @@ class Planner:
         group: Mapping[str, Any],
     ) -> Row:
         keys = self.rule.state_keys(group)
-        mine, theirs = local_of(param.detach()), local_of(grad)
-        keep: list[object] = []
+        mine, theirs = local_of(param.detach()), local_grad(name, param, grad)
+        # Partial sums that were added up are a copy: the table must not look at them again.
+        keep: list[object] = [] if theirs is local_of(grad) else [theirs]
         if layout_of(mine.shape, mine.stride()) != "dense":
             target, mine = mine, mine.clone(memory_format=torch.contiguous_format)
             self.staged.append((target, mine))
             keep.append(mine)
         for key in keys:
             if local_of(state[key]).stride() != mine.stride():
-                state[key] = _relaid(state[key], mine)
+                state[key] = sharded_like(_relaid(state[key], mine), param)
         if theirs.is_conj() or theirs.is_neg() or _extents(theirs) != _extents(mine):
             theirs = torch.empty_like(mine, dtype=theirs.dtype).copy_(theirs)
             keep.append(theirs)
         step = state.get("step")
         low = param.dtype in _LOW_PRECISION
-        offset = _shard_offset(param) if low else 0
+        offset = shard_offset(param) if low else 0
         numel = mine.numel() * (2 if mine.is_complex() else 1)
         return Row(
             name=name,
@@ -130,7 +123,7 @@ class Planner:
             step_address=0 if step is None else step.data_ptr(),
             step_is_double=step is not None and step.dtype == torch.float64,
             count=0 if self.created and self.created[-1][0] is param else 1,
-            local=mine is not param and hasattr(param, "_local_tensor"),
+            local=distributed(param),
             keep=tuple(keep),
         )
 
@@ -171,8 +164,3 @@ def _extents(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _field(tensor: torch.Tensor) -> Field:
     return Field(tensor.data_ptr(), 0, FORMATS[tensor.dtype])
-
-
-def _shard_offset(param: torch.Tensor) -> int:
-    """Return the index, in the whole parameter, of the first element of this process's shard."""
-    return 0

@@ -1,0 +1,313 @@
+"""Loading state into an optimizer, and files that a kill while saving cannot break."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebbtide import checkpoint
+from ebbtide.checkpoint import CheckpointError, Difference, Match, Slot
+from ebbtide.hyperparameters import numbers, validate_group
+from ebbtide.torch import ranks
+from ebbtide.torch.rows import FORMATS
+
+if TYPE_CHECKING:
+    from ebbtide.torch.base import Optimizer
+
+__all__ = ["CheckpointError", "load", "load_state_dict", "problem_of", "save"]
+
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+def save(obj: object, path: str | os.PathLike[str]) -> None:
+    """Save like `torch.save`, but so that a kill at any moment leaves the old or the new file.
+
+    The file is written beside the old one, flushed to the disk and then put in its place; the old
+    one stays as `PATH.previous`. It ends with a checksum that other readers pass over: `torch.load`
+    reads it too.
+
+    Args:
+        obj: Anything that `torch.save` takes, such as
+            `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`.
+        path: Where to. The folder must exist.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the old file is untouched.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mkdtemp() + "/checkpoint.pt"
+        >>> save({"step": 1}, path)
+        >>> save({"step": 2}, path)
+        >>> load(path), torch.load(path + ".previous")
+        ({'step': 2}, {'step': 1})
+    """
+    checkpoint.write_file(path, lambda file: torch.save(obj, file))
+
+
+def load(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    weights_only: bool = True,
+    mmap: bool = False,
+) -> Any:
+    """Load like `torch.load`; where the file is broken, name it and load the previous one.
+
+    Args:
+        path: Of a file by `save`; any file of `torch.save` will do.
+        map_location: As in `torch.load`.
+        weights_only: As in `torch.load`; `False` runs code that the file holds.
+        mmap: As in `torch.load`: read tensors from the disk when they are used, so that loading an
+            optimizer needs no second copy of its state in memory.
+
+    Raises:
+        FileNotFoundError: There is neither this file nor a previous one.
+        CheckpointError: Both are broken.
+    """
+    chosen, problems = checkpoint.whole_file(path)
+    if problems:
+        warnings.warn(f"{'; '.join(problems)}; loading {chosen} instead", stacklevel=2)
+    return torch.load(chosen, map_location, weights_only=weights_only, mmap=mmap)
+
+
+def load_state_dict(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
+) -> None:
+    """Load a state dict with its hooks, all or nothing; see `Optimizer.load_state_dict`."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    with torch.no_grad():
+        state, groups = _prepared(optimizer, state_dict, strict=strict, keep=keep)
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _prepared(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """Return the new state and the new groups; changes nothing."""
+    _check_kind(optimizer, state_dict)
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    saved = checkpoint.saved_slots(state_dict)
+    found = checkpoint.match(saved, _slots(groups), (len(saved_groups), len(groups)))
+    merged, notes = checkpoint.merged_groups(saved_groups, groups, found, keep, _alike)
+    _keep_names(merged, saved_groups, found)
+    _check_groups(optimizer, merged)
+    state, empty = _loaded_state(optimizer, state_dict, found, merged)
+    refused = bool(found.difference) and (strict or not found.pairs)
+    if _anywhere(refused, groups):
+        raise CheckpointError(_refusal(found.difference))
+    live = any(isinstance(each, Mapping) and each for each in optimizer.state.values())
+    lost = empty and (live or saved_groups != _packed(groups))
+    _report(optimizer, found, notes, lost=lost)
+    return state, merged
+
+
+def _anywhere(refused: bool, groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any rank refuses: one that stops alone would leave the others waiting."""
+    return ranks.any_rank(refused, ranks.meshes_of(p for group in groups for p in group["params"]))
+
+
+def _check_kind(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    if "param_groups" not in state_dict or "state" not in state_dict:
+        raise CheckpointError(
+            "this is no optimizer's state: it has no 'state' and 'param_groups', but "
+            f"{sorted(map(str, state_dict))[:8]}"
+        )
+    kind, mine = checkpoint.kind_of(state_dict), optimizer._rule.name
+    if kind is not None and kind.lower() != mine:
+        raise CheckpointError(
+            f"this is {kind} state, and this optimizer is {type(optimizer).__name__}: nothing was "
+            "loaded"
+        )
+
+
+def _slots(groups: Iterable[Mapping[str, Any]]) -> list[Slot]:
+    slots: list[Slot] = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, param in zip(names, group["params"], strict=True):
+            slots.append(Slot(len(slots), name, number, tuple(param.shape)))
+    return slots
+
+
+def _alike(mine: Any, saved: Any) -> Any:
+    """Turn a saved hyperparameter into the kind that ours is: number, tensor or tuple."""
+    if isinstance(mine, tuple) and isinstance(saved, list | tuple):
+        return tuple(_alike(each, value) for each, value in zip(mine, saved, strict=False))
+    if isinstance(mine, torch.Tensor):
+        return torch.full_like(mine, float(saved))
+    if isinstance(saved, torch.Tensor) and isinstance(mine, int | float):
+        return saved.item()
+    return saved
+
+
+def _keep_names(merged: list[dict[str, Any]], saved: list[Mapping[str, Any]], found: Match) -> None:
+    """Adopt the file's names where there are none here and the groups correspond."""
+    if any("param_names" in group for group in merged) or not found.same_grouping:
+        return
+    named = [saved[source[0]].get("param_names") for source in found.sources if source]
+    flat = [name for names in named if names for name in names]
+    if len(named) != len(merged) or not all(named) or flat == [str(i) for i in range(len(flat))]:
+        return
+    for group, names in zip(merged, named, strict=True):
+        group["param_names"] = list(names or ())
+
+
+def _check_groups(optimizer: Optimizer, merged: list[dict[str, Any]]) -> None:
+    for number, group in enumerate(merged):
+        try:
+            validate_group(optimizer._rule, numbers(group), f" (saved for group {number})")
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{error}: nothing was loaded") from error
+
+
+def _loaded_state(
+    optimizer: Optimizer,
+    state_dict: Mapping[str, Any],
+    found: Match,
+    merged: list[dict[str, Any]],
+) -> tuple[dict[Any, Any], bool]:
+    """Copy the state of every pair; what cannot be used is added to the difference."""
+    state: dict[Any, Any] = defaultdict(dict)
+    params = [(param, group) for group in merged for param in group["params"]]
+    names = [slot.name or f"parameter {slot.index}" for slot in _slots(merged)]
+    for position, index in found.pairs.items():
+        values = state_dict["state"].get(index)
+        if values is None:
+            continue
+        (param, group), name = params[position], names[position]
+        try:
+            state[param] = _loaded(optimizer, name, param, group, values)
+        except CheckpointError as error:
+            found.difference.refused.append(str(error))
+    ids = {index for group in state_dict["param_groups"] for index in group["params"]}
+    # What belongs to no parameter is carried along, as torch does.
+    state.update({key: v for key, v in state_dict["state"].items() if key not in ids})
+    expected = any(optimizer._rule.state_keys(group) for _, group in params)
+    return state, expected and not any(state_dict["state"].get(index) for index in ids)
+
+
+def _loaded(
+    optimizer: Optimizer,
+    name: str,
+    param: torch.Tensor,
+    group: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    values = {key: value for key, value in values.items() if value is not None}
+    lacking = checkpoint.lacking(optimizer._rule, group, values)
+    if lacking:
+        raise CheckpointError(f"{name!r} lacks {', '.join(lacking)}")
+    loaded: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "step":
+            loaded[key] = _step(name, value, param, group)
+        elif isinstance(value, torch.Tensor):
+            loaded[key] = _array(name, key, value, param)
+        else:
+            loaded[key] = value
+    return loaded
+
+
+def _step(name: str, value: Any, param: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """Return the count as a tensor of its own, where a step looks for it."""
+    count = float(value)
+    if not (math.isfinite(count) and count >= 0):
+        raise CheckpointError(f"{name!r} has taken {count} steps")
+    double = isinstance(value, torch.Tensor) and value.dtype == torch.float64
+    double |= not isinstance(value, torch.Tensor) and torch.get_default_dtype() == torch.float64
+    on_device = group.get("capturable") or group.get("fused")
+    return torch.tensor(
+        count,
+        dtype=torch.float64 if double and not on_device else torch.float32,
+        device=ranks.local_of(param).device if on_device else "cpu",
+    )
+
+
+def _array(name: str, key: str, value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    known = key in (*_SECOND_MOMENTS, "exp_avg", "momentum_buffer")
+    if not known and (value.shape != param.shape or value.dtype not in FORMATS):
+        return value.detach().clone()  # of another library: carried along
+    if value.shape != param.shape:
+        raise CheckpointError(f"{name!r} has {key} of shape {tuple(value.shape)}")
+    if value.dtype not in FORMATS:
+        raise CheckpointError(f"{name!r} has {key} of dtype {value.dtype}")
+    problem = problem_of(key, value)
+    if problem:
+        raise CheckpointError(f"{name!r} has {key} that holds {problem}")
+    try:
+        return ranks.placed(name, value.detach(), param, _dtype(key, value.dtype, param.dtype))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _dtype(key: str, saved: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """Return the dtype to keep a state array in: the saved one, where a step can work with it.
+
+    A float16 second moment becomes float32, which holds the same number: its next values need more
+    range than float16 has. Double and complex state go with double and complex parameters.
+    """
+    if param.is_complex or saved.is_complex or torch.float64 in (saved, param):
+        return param
+    if key in _SECOND_MOMENTS and saved == torch.float16:
+        return torch.float32
+    return saved
+
+
+def problem_of(key: str, value: torch.Tensor) -> str:
+    """Say what makes a state array unusable: NaN, infinity, or a negative second moment."""
+    local = ranks.local_of(value.detach())
+    if local.is_complex():
+        local = torch.view_as_real(local)
+    if local.numel() == 0 or local.is_meta or not local.is_floating_point():
+        return ""
+    low, high = (float(bound) for bound in torch.aminmax(local))
+    if math.isnan(low) or math.isnan(high):
+        return "NaN"
+    if math.isinf(low) or math.isinf(high):
+        return "infinity"
+    return f"the negative value {low:g}" if key in _SECOND_MOMENTS and low < 0 else ""
+
+
+def _refusal(difference: Difference) -> str:
+    if difference.unmatched:
+        return f"{difference.unmatched}. Nothing was loaded"
+    if not difference:
+        return "another rank refuses the saved state, and says why: nothing was loaded"
+    return (
+        f"the saved state does not fit this optimizer:\n{difference}\nNothing was loaded. "
+        "load_state_dict(..., strict=False) takes over what fits and starts the rest anew"
+    )
+
+
+def _report(optimizer: Optimizer, found: Match, notes: list[str], *, lost: bool) -> None:
+    """Warn of what was left out or differs; silent where the file simply fits."""
+    difference = found.difference
+    if difference or difference.moved:
+        what = "except for what does not fit" if difference else "although groups differ"
+        notes = [f"loaded by name, {what}:\n{difference}", *notes]
+    if lost:
+        notes.append("the saved state holds no moments: the optimizer starts at its first step")
+    if notes:
+        warnings.warn(f"{type(optimizer).__name__}: " + "\n".join(notes), stacklevel=5)
+
+
+def _packed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return our groups as `state_dict` would, to see whether a file says the same."""
+    packed, start = [], 0
+    for group in groups:
+        ids = list(range(start, start + len(group["params"])))
+        packed.append({**group, "params": ids})
+        start += len(ids)
+    return packed
