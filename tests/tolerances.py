@@ -1,0 +1,13 @@
+"""Every tolerance of the suite, each with its reason."""
+
+from __future__ import annotations
+
+# 30 steps of float32 against float64 with the same float32 gradients. A step rounds θ by half an
+# ulp (6e-8 of θ ~ 1) and u by a few ulps of u ≤ 0.1; L2 and SGD feed θ back into the gradient.
+FLOAT32_AGAINST_FLOAT64 = {"rtol": 3e-6, "atol": 3e-6}
+
+# torch computes the same formulas in another order; both are float64 here.
+TORCH_FLOAT64 = {"rtol": 1e-11, "atol": 1e-12}
+
+# torch's scalar tail (numel mod 8 elements) contracts another product than its vector body.
+TORCH_TAIL_ULP = 2
