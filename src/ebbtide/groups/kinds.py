@@ -40,6 +40,7 @@ _NORM_CLASS = re.compile(r"(?:NORM|[Nn]orm)(?:alization)?(?![a-z])")
 _EMBEDDING_CLASS = re.compile(r"(?<!Patch)[Ee]mbed(?:ding|dings)?(?![a-z])|Position(?:al)?Encoding")
 
 _NORM_WORD = re.compile(r"(?:layer|batch|group|instance|rms|sub|pre|post)?norm\d*|[lbg]n\d*|rms")
+_LINEAR_WORD = re.compile(r"conv|proj|linear|dense|fc|pointwise|depthwise")
 _NORM_PARAMETERS = frozenset(
     {"weight", "w", "scale", "gain", "g", "gamma", "alpha", "bias", "b", "beta", "shift", "loc"}
 )
@@ -47,9 +48,9 @@ _EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb
 _EMBEDDING_NOUNS = _EMBEDDING_WORDS | {"token", "tokens", "positions"}
 _GAIN_WORDS = frozenset({"scale", "scales", "gain", "gains", "gamma", "temperature"})
 _BIAS_WORDS = frozenset({"bias", "biases"})
-# State-space models keep the logarithm of their time constants in a matrix; weight normalisation
-# keeps the lengths of the rows apart from their directions.
-_GAIN_NAMES = frozenset({"A_log", "weight_g", "original0"})
+# State-space models keep time constants and skips in matrices; weight normalisation keeps the
+# lengths of the rows apart from their directions.
+_GAIN_NAMES = frozenset({"A_log", "D", "weight_g", "original0"})
 
 
 def standard_rule(info: ParamInfo, embeddings: str = "decay") -> tuple[bool, str]:
@@ -81,7 +82,7 @@ def standard_rule(info: ParamInfo, embeddings: str = "decay") -> tuple[bool, str
         return False, f"{rank}-D"
     if kind is _Kind.EMBEDDING and embeddings == "no_decay":
         return False, "embedding"
-    if rank > 2 and kind is not _Kind.LINEAR and sum(size > 1 for size in info.shape) < 2:
+    if _is_vector(info, kind):
         return False, f"a vector in {rank} dimensions"
     return True, "embedding" if kind is _Kind.EMBEDDING else f"{rank}-D"
 
@@ -96,6 +97,19 @@ def is_embedding(info: ParamInfo) -> bool:
         False
     """
     return len(info.shape) >= 2 and _kind(info) is _Kind.EMBEDDING
+
+
+def _is_vector(info: ParamInfo, kind: _Kind | None) -> bool:
+    """Whether only one dimension of several is longer than 1, and it is no weight or small table.
+
+    In two dimensions that is the weight of a linear map with one output, tokens apart.
+    """
+    if sum(size > 1 for size in info.shape) > 1:
+        return False
+    weight = _leaf(info.name).startswith(("weight", "kernel", "original"))
+    if kind is _Kind.EMBEDDING:
+        return not weight
+    return len(info.shape) > 2 and not (weight and kind is _Kind.LINEAR)
 
 
 def _kind(info: ParamInfo) -> _Kind | None:
@@ -129,10 +143,13 @@ def _kind_of_name(info: ParamInfo) -> _Kind | None:
         return _Kind.NORM
     if _words(leaf) & _EMBEDDING_WORDS or _noun(leaf) in _EMBEDDING_NOUNS:
         return _Kind.EMBEDDING
+    if leaf != "weight" or not holder:
+        return None
+    if _LINEAR_WORD.search(holder[0].lower()):
+        return _Kind.LINEAR
     # The kernel of a patch embedding is a linear map.
-    if leaf == "weight" and len(info.shape) == 2 and holder and "patch" not in _words(holder[0]):
-        return _Kind.EMBEDDING if _noun(holder[0]) in _EMBEDDING_NOUNS else None
-    return None
+    table = len(info.shape) == 2 and "patch" not in _words(holder[0])
+    return _Kind.EMBEDDING if table and _noun(holder[0]) in _EMBEDDING_NOUNS else None
 
 
 def _says_norm(component: str) -> bool:

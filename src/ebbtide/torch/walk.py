@@ -70,18 +70,21 @@ class _Place:
     owners: list[tuple[str, ...]] = field(default_factory=list)
     inside: frozenset[str] = frozenset()
     asked: str = ""
+    shape: tuple[int, ...] | None = None  # where the tensor does not tell
 
 
 def _find_in_module(root: nn.Module) -> Found:
     places: dict[int, _Place] = {}
     asks: list[tuple[str, nn.Module]] = []
     inside: dict[str, frozenset[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
     # All names of a shared module are wanted, therefore not named_parameters().
     for path, module in root.named_modules(remove_duplicate=False):
         bases = _bases(module)
         inside[path] = inside.get(path.rpartition(".")[0], frozenset()) | set(bases)
         if hasattr(module, "no_weight_decay") or hasattr(module, "no_weight_decay_keywords"):
             asks.append((path, module))
+        shapes.update(_shapes_before_flattening(module))
         for leaf, tensor in module._parameters.items():
             if tensor is None:
                 continue
@@ -91,6 +94,9 @@ def _find_in_module(root: nn.Module) -> Found:
             place.inside |= inside[path]
     for path, module in asks:
         _ask(path, module, places.values())
+    for key, shape in shapes.items():
+        if key in places:
+            places[key].shape = shape
     return _named_once(list(places.values()))
 
 
@@ -123,6 +129,7 @@ def _named_once(places: list[_Place]) -> Found:
         info = info_of_tensor(name, place.tensor)
         info = replace(
             info,
+            shape=place.shape or info.shape,
             aliases=(*tied, *wrapped),
             tied=tuple(tied),
             owners=tuple(place.owners),
@@ -131,6 +138,14 @@ def _named_once(places: list[_Place]) -> Found:
         )
         found.append((info, place.tensor))
     return found
+
+
+def _shapes_before_flattening(module: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Return the shapes of the parameters that FSDP1 keeps as parts of one flat parameter."""
+    flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+    params = getattr(flat, "_params", None) or ()
+    shapes = getattr(flat, "_shapes", ())
+    return {id(p): tuple(shape) for p, shape in zip(params, shapes, strict=False)}
 
 
 def _bases(module: nn.Module) -> tuple[str, ...]:
