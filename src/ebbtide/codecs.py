@@ -17,6 +17,7 @@ __all__ = [
     "dither_bits",
     "float16_decode",
     "float16_encode",
+    "lane_constant",
     "row_key",
 ]
 
@@ -40,7 +41,8 @@ def _mix(x: int) -> int:
 
 
 @cache
-def _lane_constant(lane: int) -> int:
+def lane_constant(lane: int) -> int:
+    """Return the 32 bits by which one of the 128 elements of a block varies the block's hash."""
     reversed_lane = int(f"{lane:07b}"[::-1], 2)
     return (reversed_lane << 25) | (_mix(lane) >> 39)
 
@@ -71,7 +73,7 @@ def dither_bits(key: int, element: int, *, state: bool) -> int:
         True
     """
     block = _mix(key ^ (element >> 7 << 1))
-    return _lane_constant(element & 127) ^ (block >> 32 if state else block & 0xFFFFFFFF)
+    return lane_constant(element & 127) ^ (block >> 32 if state else block & 0xFFFFFFFF)
 
 
 def bfloat16_decode(code: int) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+from ebbtide.memory import Region, check_overlap, extents_of, layout_of
 from ebbtide.rules import Rule, Scalars
 
 __all__ = [
@@ -100,11 +100,6 @@ class Row:
     local: bool = False
     keep: tuple[object, ...] = ()
 
-    def written(self) -> Iterable[tuple[int, int]]:
-        """Yield the address ranges that a step writes."""
-        for each in (self.param, *self.state):
-            yield each.address, each.address + self.numel * each.format.itemsize
-
 
 class Bucket(NamedTuple):
     """The scalars of the rows of one group that are about to take the same step."""
@@ -132,11 +127,13 @@ class Plan:
     Attributes:
         entries: (parameter, group index, row or `None` without a gradient, its state dict).
         cacheable: Whether the rows stay true while nothing moves; not so for staged copies.
+        regions: The memory that the step writes in the end, where that is not the rows' own.
     """
 
     rule: Rule
     entries: list[tuple[Any, int, Row | None, dict[str, Any] | None]] = field(default_factory=list)
     cacheable: bool = True
+    regions: list[Region] = field(default_factory=list)
 
     def rows(self) -> Iterable[tuple[int, int, Row]]:
         """Yield (entry, group, row) of the parameters that have a gradient."""
@@ -150,20 +147,14 @@ class Plan:
         Raises:
             ValueError: Two parameters or state arrays share memory; both are named.
         """
-        ranges = sorted(
-            (start, stop, row.name)
-            for _, _, row in self.rows()
-            for start, stop in row.written()
-            if stop > start
+        check_overlap(
+            self.regions
+            or [
+                Region(row.name, each.address, each.format.itemsize, (row.numel, 1))
+                for _, _, row in self.rows()
+                for each in (row.param, *row.state)
+            ]
         )
-        for (_, stop, name), (start, _, other) in pairwise(ranges):
-            if start < stop:
-                what = (
-                    f"the state of parameter {name!r} overlaps itself"
-                    if name == other
-                    else f"parameters {name!r} and {other!r} share memory"
-                )
-                raise ValueError(f"{what}: one step would update it twice; pass one of them only")
 
 
 class Backend(Protocol):
@@ -190,38 +181,6 @@ class Backend(Protocol):
 def salt_of(name: str) -> int:
     """Hash a parameter's name to 64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def layout_of(shape: Sequence[int], strides: Sequence[int]) -> str:
-    """Classify how an array lies in memory.
-
-    Args:
-        shape: Extent of each dimension.
-        strides: In elements.
-
-    Returns:
-        `"dense"` (any order of dimensions, no gaps), `"strided"` (gaps), or `"overlapping"`
-        (elements share memory, or could: the strides do not exclude it).
-
-    Example:
-        >>> layout_of((2, 3), (1, 2)), layout_of((4,), (2,)), layout_of((4,), (0,))
-        ('dense', 'strided', 'overlapping')
-    """
-    if 0 in shape:
-        return "dense"
-    expected, dense = 1, True
-    for stride, extent in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
-        if stride < expected:
-            return "overlapping"
-        dense = dense and stride == expected
-        expected = stride * extent
-    forward = all(s > 0 for n, s in zip(shape, strides, strict=True) if n > 1)
-    return "dense" if dense and forward else "strided"
-
-
-def extents_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Return shape and stride of each dimension other than one, flat, as `csrc/tensor.h` does."""
-    return tuple(value for n, s in zip(shape, strides, strict=True) if n != 1 for value in (n, s))
 
 
 def clip_scale(sum_squares: float, max_norm: float | None) -> float:
