@@ -46,7 +46,8 @@ void choose(const std::string& name) {
 // (address, scale address, format)
 Field field(const nb::tuple& t) {
   return {reinterpret_cast<void*>(nb::cast<uintptr_t>(t[0])),
-          reinterpret_cast<void*>(nb::cast<uintptr_t>(t[1])), Format(nb::cast<int32_t>(nb::int_(t[2])))};
+          reinterpret_cast<void*>(nb::cast<uintptr_t>(t[1])),
+          Format(nb::cast<int32_t>(nb::int_(t[2])))};
 }
 
 // Guards against two threads stepping one optimizer while the GIL is released.
@@ -60,7 +61,8 @@ struct Busy {
 };
 
 // Holds the cyclic collector off while a step holds the gradients' wrappers: thousands of
-// objects that live for a moment would set it off in every step (half of a step of 2,000 small tensors).
+// objects that live for a moment would set it off in every step (half of a step of 2,000 small
+// tensors).
 struct NoCollection {
   NoCollection() : was_on(PyGC_Disable()) {}
   ~NoCollection() {
@@ -97,7 +99,8 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     e.step_is_double = nb::cast<bool>(row.attr("step_is_double"));
     e.count = nb::cast<int64_t>(row.attr("count"));
     e.local = nb::cast<bool>(row.attr("local"));
-    for (nb::handle extent : row.attr("extents")) e.layout.extents.push_back(nb::cast<int64_t>(extent));
+    for (nb::handle extent : row.attr("extents"))
+      e.layout.extents.push_back(nb::cast<int64_t>(extent));
     e.layout.format = r.param.format;
     e.active = true;
     nb::dict watched = nb::cast<nb::dict>(state);
@@ -116,7 +119,8 @@ std::vector<Bucket> read_buckets(const nb::list& list) {
   for (size_t i = 0; i < buckets.size(); ++i) {
     PyObject* bucket = PyList_GET_ITEM(list.ptr(), Py_ssize_t(i));
     PyObject* scalars = PyTuple_Check(bucket) ? PyTuple_GetItem(bucket, 1) : nullptr;
-    if (scalars == nullptr || !PyTuple_Check(scalars) || PyTuple_GET_SIZE(scalars) != kScalarCount) {
+    if (scalars == nullptr || !PyTuple_Check(scalars) ||
+        PyTuple_GET_SIZE(scalars) != kScalarCount) {
       throw std::invalid_argument("buckets must hold plan.Bucket tuples");
     }
     buckets[i].group = double(PyLong_AsLong(PyTuple_GET_ITEM(bucket, 0)));
@@ -134,10 +138,11 @@ int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool 
   return table.run(read.data(), int64_t(read.size()), grad_scale, guard);
 }
 
-int64_t step(BoundTable& table, nb::list groups, nb::handle grads, const nb::list& buckets,
+// Without groups the table is as sum_squares has just left it.
+int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, const nb::list& buckets,
              double grad_scale, bool guard) {
   const NoCollection off;
-  if (!table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
+  if (!groups.is_none() && !table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
     table.release_grads();
     return Table::kStale;
   }
@@ -147,7 +152,8 @@ int64_t step(BoundTable& table, nb::list groups, nb::handle grads, const nb::lis
 }
 
 // None if the table is stale.
-nb::object sum_squares(BoundTable& table, nb::list groups, nb::handle grads) {
+nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads) {
+  const NoCollection off;
   const Busy busy(table.busy);
   if (!groups.is_none() && !table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
     table.release_grads();
@@ -201,22 +207,23 @@ NB_MODULE(_core, m) {
   m.def("cpu_quota", [] { return Threads::instance().quota(); });
 
   nb::class_<BoundTable>(m, "Table")
-      .def("__init__",
-           [](BoundTable* self, int32_t rule, nb::handle exchange_api) {
-             DLPackExchangeAPI* api = nullptr;
-             if (!exchange_api.is_none()) {
-               api = static_cast<DLPackExchangeAPI*>(
-                   PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
-               if (api == nullptr) throw nb::python_error();
-               if (api->version.major != 1) throw std::invalid_argument("unknown DLPack version");
-             }
-             new (self) BoundTable(Rule(rule), api);
-           },
-           nb::arg("rule"), nb::arg("exchange_api").none())
+      .def(
+          "__init__",
+          [](BoundTable* self, int32_t rule, nb::handle exchange_api) {
+            DLPackExchangeAPI* api = nullptr;
+            if (!exchange_api.is_none()) {
+              api = static_cast<DLPackExchangeAPI*>(
+                  PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+              if (api == nullptr) throw nb::python_error();
+              if (api->version.major != 1) throw std::invalid_argument("unknown DLPack version");
+            }
+            new (self) BoundTable(Rule(rule), api);
+          },
+          nb::arg("rule"), nb::arg("exchange_api").none())
       .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
            nb::arg("state").none())
       .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
-      .def("step", &step, nb::arg("groups"), nb::arg("grads").none(), nb::arg("buckets"),
+      .def("step", &step, nb::arg("groups").none(), nb::arg("grads").none(), nb::arg("buckets"),
            nb::arg("grad_scale"), nb::arg("guard"))
       .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none())
       .def("needed", &needed)

@@ -113,9 +113,17 @@ class CompiledBackend:
         del plan
         return float(self._table.sum_squares(None, None))
 
+    def look(self, params: list[list[Any]], grads: list[Any] | None) -> float | None:
+        """Return the sum of squares of the gradients; `None` if anything moved.
+
+        The arguments are those of `rerun`, which then takes `None` for `params`.
+        """
+        total = self._table.sum_squares(params, grads)
+        return None if total is None else float(total)
+
     def rerun(
         self,
-        params: list[list[Any]],
+        params: list[list[Any]] | None,
         grads: list[Any] | None,
         buckets: list[Bucket],
         grad_scale: float,
@@ -124,7 +132,7 @@ class CompiledBackend:
         """Step with the remembered table; `None` if anything moved (nothing is written then).
 
         Args:
-            params: The list of parameters of each group.
+            params: The list of parameters of each group; `None` right after `look`.
             grads: Gradients in the same order; `None` reads `.grad`.
             buckets: Scalars for `self.buckets`.
             grad_scale: Multiplies every gradient.

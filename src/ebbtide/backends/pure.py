@@ -76,6 +76,9 @@ class PureBackend:
     def forget(self) -> None:
         """Do nothing: every step is planned anew."""
 
+    def look(self, *_: object) -> None:
+        """Do nothing: there is no table to look at."""
+
     def rerun(self, *_: object) -> None:
         """Do nothing: there is no table to run again."""
 

@@ -75,7 +75,9 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_dtypes(group)
-            validate_group(self._rule, numbers(group), f" (param group {len(self.param_groups) - 1})")
+            validate_group(
+                self._rule, numbers(group), f" (param group {len(self.param_groups) - 1})"
+            )
         except Exception:
             self.param_groups.pop()
             raise
@@ -99,7 +101,9 @@ class Optimizer(torch.optim.Optimizer):
             group["decoupled_weight_decay"] = policy != "l2"
         if group.get("base_lr") is None:
             base_lr = self.defaults.get("base_lr")
-            group["base_lr"] = float(group.get("lr", self.defaults["lr"])) if base_lr is None else base_lr
+            group["base_lr"] = (
+                float(group.get("lr", self.defaults["lr"])) if base_lr is None else base_lr
+            )
         return group
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         if outcome is None:
             with torch.no_grad():
                 outcome = self._plan_and_run()
-        if self._stepped:
+        if self._stepped and not self.last_step_skipped:
             torch._C._increment_version(self._stepped)
         if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
             self._raise_nonfinite(outcome)
@@ -172,24 +176,45 @@ class Optimizer(torch.optim.Optimizer):
     def _rerun(self) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
         backend = self._backend
-        if not backend.buckets or not self._plain:
+        if not backend.buckets:
             return None
-        return backend.rerun(
-            [group["params"] for group in self.param_groups],
-            None,
-            self._buckets(backend.buckets),
-            1.0,
-            self.nonfinite != "propagate",
+        params = [group["params"] for group in self.param_groups]
+        scale, guard = 1.0, self.nonfinite != "propagate"
+        if self._plain:
+            return backend.rerun(params, None, self._buckets(backend.buckets), scale, guard)
+        if self._meshes:
+            return None
+        if self._scaler_found_inf():
+            return self._skip()
+        scale = 1.0 / self._loss_scale()
+        buckets = self._buckets(backend.buckets)
+        if not self._looks_first:
+            return backend.rerun(params, None, buckets, scale, guard)
+        total = backend.look(params, None)
+        if total is None:
+            return None
+        clipped = self._clipped(total, scale)
+        return (
+            self._skip() if clipped is None else backend.rerun(None, None, buckets, clipped, guard)
         )
 
     @property
+    def _looks_first(self) -> bool:
+        """Whether a step must have seen all gradients before it begins."""
+        return self.clip_grad_norm is not None or self.nonfinite == "skip"
+
+    @property
     def _plain(self) -> bool:
-        """Whether a step needs nothing of the gradients before it begins."""
-        return (
-            self.clip_grad_norm is None
-            and self.nonfinite != "skip"
-            and not hasattr(self, "found_inf")
-        )
+        """Whether a step needs nothing but the gradients."""
+        return not self._looks_first and not hasattr(self, "found_inf")
+
+    def _clipped(self, total: float, scale: float) -> float | None:
+        """Return what to multiply the gradients by, given their sum of squares; `None` to skip."""
+        total *= scale * scale
+        self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
+        if math.isfinite(total):
+            return scale * clip_scale(total, self.clip_grad_norm)
+        return None if self.nonfinite == "skip" else scale
 
     def _plan_and_run(self) -> Outcome:
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
@@ -209,13 +234,12 @@ class Optimizer(torch.optim.Optimizer):
         plan.check_overlap()
         buckets = self._buckets(self._backend.load(plan))
         scale = 1.0 / self._loss_scale()
-        if self.clip_grad_norm is not None or self.nonfinite == "skip":
-            total = self._sum_squares(plan) * scale * scale
-            self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
-            if self.nonfinite == "skip" and not math.isfinite(total):
+        if self._looks_first:
+            clipped = self._clipped(self._sum_squares(plan), scale)
+            if clipped is None:
+                self._backend.forget()  # the plan's new state was never taken over
                 return self._skip()
-            if math.isfinite(total):
-                scale *= clip_scale(total, self.clip_grad_norm)
+            scale = clipped
         for param, state in planner.created:
             self.state[param] = state
         guard = self.nonfinite != "propagate"
@@ -266,8 +290,6 @@ class Optimizer(torch.optim.Optimizer):
     def _skip(self) -> Outcome:
         self.last_step_skipped = True
         self.skipped_steps += 1
-        self._backend.forget()
-        self._stepped = []
         return Outcome([])
 
     def _warn_without_gradients(self) -> None:
