@@ -77,7 +77,7 @@ def compare(
         str | None, typer.Option(help="Grid in AdamW's units, such as 1e-4..1e-1:7 or 0.001,0.01.")
     ] = None,
     weight_decay: Annotated[
-        str | None, typer.Option(help="Grid in AdamW's units, such as 0,3e-3..3:7.")
+        str | None, typer.Option(help="Grid in AdamW's units, such as 0,0.03..10:6.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Paired test seeds; 10.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin.")] = 0,

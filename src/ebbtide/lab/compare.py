@@ -31,10 +31,8 @@ __all__ = ["COMMAND", "Request", "result_rows", "write_report"]
 
 COMMAND = "compare"
 # A factor of about √10 apart, in round numbers.
-LR = "1e-4,3e-4,1e-3,3e-3,0.01,0.03,0.1"
-WEIGHT_DECAY = "0,0.01,0.03,0.1,0.3,1,3,10"
-QUICK_LR = "3e-4,1e-3,3e-3,0.01,0.03"
-QUICK_WEIGHT_DECAY = "0,0.1,0.3,1,3"
+GRID = ("1e-4,3e-4,1e-3,3e-3,0.01,0.03,0.1", "0,0.03,0.1,0.3,1,3,10")
+QUICK_GRID = ("3e-4,1e-3,3e-3,0.01,0.03", "0,0.1,0.3,1,3")
 RESULT_COLUMNS = ("Optimizer", "Best lr", "Best weight decay", "Validation", "Test", "Against")
 
 
@@ -68,8 +66,9 @@ class Request:
         """
         task = load_task(self.task, quick=self.quick)
         specs = choose_optimizers(self.optimizers)
-        lr = self.lr or (QUICK_LR if self.quick else LR)
-        weight_decay = self.weight_decay or (QUICK_WEIGHT_DECAY if self.quick else WEIGHT_DECAY)
+        default_lr, default_decay = QUICK_GRID if self.quick else GRID
+        lr = default_lr if self.lr is None else self.lr
+        weight_decay = default_decay if self.weight_decay is None else self.weight_decay
         lrs = parse_grid(lr, name="lr")
         weight_decays = parse_grid(weight_decay, name="weight decay", allow_zero=True)
         test_seeds = self.seeds or (5 if self.quick else 10)
@@ -80,7 +79,7 @@ class Request:
             specs=specs,
             lrs=lrs,
             weight_decays=weight_decays,
-            selection_seeds=tuple(range(first, first + max(2, test_seeds // 2))),
+            selection_seeds=tuple(range(first, first + min(4, max(2, test_seeds // 2)))),
             test_seeds=tuple(range(first + 500, first + 500 + test_seeds)),
         )
 
@@ -102,7 +101,7 @@ def _result_row(arm: ArmResult, result: OptimizerResult) -> tuple[str, ...]:
     metric, test = arm.arm.metric, result.test()
     validation = float(result.grid.mean[result.grid.best])
     if result is arm.reference:
-        against = "-"
+        against = "reference"
     else:
         # The other way round than `advantage`, whose sign is the reference's.
         interval = paired_difference(result.chosen.test[:, 0], arm.reference.chosen.test[:, 0])
@@ -122,7 +121,8 @@ def _report(experiment: Experiment, arms: tuple[ArmResult, ...]) -> Report:
     labels = [spec.label for spec in experiment.specs]
     return Report(
         title=f"{experiment.task.title}: {_versus(labels)}",
-        lead=experiment.task.description,
+        lead=f"{experiment.task.description} In brackets: 95 % intervals over "
+        f"{len(experiment.test_seeds)} paired seeds.",
         findings=[(arm.arm.title, metric_sentence(arm)) for arm in arms],
         sections=[_section(arm) for arm in arms],
         method=_method(experiment),
@@ -131,7 +131,7 @@ def _report(experiment: Experiment, arms: tuple[ArmResult, ...]) -> Report:
 
 
 def _versus(labels: list[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]} compared"
+    return labels[0] if len(labels) == 1 else f"{len(labels)} optimizers compared"
 
 
 def _section(arm: ArmResult) -> Section:
@@ -217,7 +217,10 @@ def _divergence_notes(arm: ArmResult) -> list[str]:
     if not any(lost):
         return []
     counts = [f"{r.spec.label} {n}" for r, n in zip(arm.results, lost, strict=True) if n]
-    return [f"Cells that diverged under at least one seed, hatched below: {', '.join(counts)}."]
+    return [
+        "Hatched cells diverged under at least one seed, or would remove a whole parameter in one "
+        f"step: {', '.join(counts)}."
+    ]
 
 
 def _heat_maps(arm: ArmResult) -> HeatMaps:
@@ -272,7 +275,7 @@ def _method(experiment: Experiment) -> list[str]:
         "A seed fixes data, start and order for every optimizer, and differences are taken seed "
         "by seed. Intervals are 95 % expanded percentile bootstrap intervals (Hesterberg 2015). "
         "A difference counts as seen when its interval excludes zero.",
-        "A cell has diverged when its training loss ends above where it began, or not finite.",
+        "A cell has diverged when its training loss ends above where it began, or is not finite.",
         "Bands in the curves are one standard deviation over the seeds.",
         "One step, with g the gradient, θ a parameter and λ the weight decay. "
         + ". ".join(updates) + ".",

@@ -100,7 +100,12 @@ class DigitsArm:
 def digits_task(*, quick: bool) -> Task:
     """Return the digits in two arms: as they are, and with columns on very different scales."""
     steps = 400 if quick else 1000
-    plain = DigitsArm("plain", "Pixels as they are", "Every input lies in [0, 1].", steps=steps)
+    plain = DigitsArm(
+        "plain",
+        "Pixels as they are",
+        "Every input lies in [0, 1], so that all weights see gradients of about the same size.",
+        steps=steps,
+    )
     scaled = DigitsArm(
         "multi-scale",
         "Columns on very different scales",

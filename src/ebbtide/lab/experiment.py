@@ -24,6 +24,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbtide.backends.cpu import one_thread
 from ebbtide.lab.errors import Stopped
 from ebbtide.lab.optimizers import OptimizerSpec, scaled_grid
 from ebbtide.lab.statistics import Interval, bootstrap_mean, paired_difference
@@ -280,8 +281,9 @@ def _map(work: Callable[..., T], jobs: Iterable[tuple[object, ...]], stop: Event
     """
     from threadpoolctl import threadpool_limits
 
-    # A thread a job: BLAS's own threads would only get in each other's way.
-    with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    # A thread a job: further threads of BLAS and the core would get in each other's way.
+    processors = len(os.sched_getaffinity(0))
+    with one_thread(), threadpool_limits(1), ThreadPoolExecutor(processors) as pool:
         futures = [pool.submit(work, *job) for job in jobs]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,8 +32,11 @@ def check_folder(folder: Path, command: str) -> None:
     if folder.is_dir():
         _check_content(folder, command)
     parent = next(p for p in folder.resolve().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be made: {parent} cannot be written to")
+    try:
+        # Trying is the only way to know: file systems refuse for reasons that modes do not show.
+        os.rmdir(tempfile.mkdtemp(prefix=".ebbtide-", dir=parent))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {parent}: {error.strerror}") from error
 
 
 def _check_content(folder: Path, command: str) -> None:
