@@ -77,6 +77,14 @@ class Progress:
                 left = gone * (1 / self.share - 1)
                 self._say(f"{self.share:.0%} after {gone:.0f} s, about {left:.0f} s left")
 
+    def note(self, text: str) -> None:
+        """Show a line of text; it stays when the bar goes."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+            else:
+                self._say(text)
+
     def _seconds(self) -> float:
         return time.monotonic() - self._began
 

@@ -33,11 +33,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class CurvePanel:
-    """One set of axes."""
+    """One set of axes.
+
+    Attributes:
+        title: Heading.
+        y_label: What is drawn, with its unit.
+        curves: The lines.
+        log: Whether the axis is logarithmic; all values are above 0 then.
+    """
 
     title: str
     y_label: str
     curves: Sequence[Curve]
+    log: bool = True
 
 
 def draw_curves(panels: Sequence[CurvePanel], *, x_label: str = "step") -> Draw:
@@ -51,11 +59,12 @@ def draw_curves(panels: Sequence[CurvePanel], *, x_label: str = "step") -> Draw:
         labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
         for axes, panel in zip(figure.subplots(*shape, squeeze=False).ravel(), panels, strict=True):
             for curve in panel.curves:
-                _draw_curve(axes, curve, labels.index(curve.label), theme)
-            axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label, yscale="log")
+                _draw_curve(axes, curve, labels.index(curve.label), theme, log=panel.log)
+            axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
             axes.margins(x=0.01)
-            axes.set_ylim(top=_top(panel.curves))
-            _plain_ticks(axes)
+            if panel.log:
+                axes.set(yscale="log", ylim=(None, _top(panel.curves)))
+                _plain_ticks(axes)
             style_axes(axes, theme)
         handles = _one_a_label(figure.axes)
         legend = figure.legend(
@@ -69,13 +78,13 @@ def draw_curves(panels: Sequence[CurvePanel], *, x_label: str = "step") -> Draw:
     return draw
 
 
-def _draw_curve(axes: Any, curve: Curve, index: int, theme: Theme) -> None:
+def _draw_curve(axes: Any, curve: Curve, index: int, theme: Theme, *, log: bool) -> None:
     color = theme.lines[index % len(theme.lines)]
     mean, spread = curve.values.mean(axis=0), curve.values.std(axis=0)
     style = _STYLES[index % len(_STYLES)]
     axes.plot(curve.steps, mean, color=color, linestyle=style, linewidth=1.8, label=curve.label)
     # The lower edge must stay on a logarithmic axis.
-    low = np.maximum(mean - spread, mean / 10)
+    low = np.maximum(mean - spread, mean / 10) if log else mean - spread
     axes.fill_between(curve.steps, low, mean + spread, color=color, alpha=0.18, linewidth=0)
 
 

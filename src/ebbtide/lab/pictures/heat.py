@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ebbtide.lab.grid import format_value
 from ebbtide.lab.pictures.canvas import Draw, Theme, new_figure, style_axes
 
-__all__ = ["HeatMap", "HeatMaps", "draw_heat_maps"]
+__all__ = ["ColorScale", "HeatMap", "HeatMaps", "draw_heat_maps", "draw_scale"]
 
 _MOST_COLUMNS = 4
 _MOST_PRINTED = 12  # cells across, beyond which numbers would overlap
@@ -30,6 +30,8 @@ class HeatMap:
         values: (L, W); NaN where nothing was measured.
         diverged: (L, W); hatched.
         best: Index of the cell to mark, if any.
+        band: (L, W); cells that cannot be told from the best, framed thinly.
+        marks: A letter for a cell without a value.
     """
 
     title: str
@@ -38,6 +40,8 @@ class HeatMap:
     values: NDArray[np.float64]
     diverged: NDArray[np.bool_]
     best: tuple[int, int] | None = None
+    band: NDArray[np.bool_] | None = None
+    marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,16 @@ class HeatMaps:
         higher_is_better: Which end of the scale matters: it is drawn in full, and the other
             is cut where the worst cells would take all the colours.
         decimals: Digits after the point of the numbers in the cells.
+        x_label: What the columns are.
+        write: Writes the numbers in the cells, where `decimals` will not do.
     """
 
     panels: Sequence[HeatMap]
     label: str
     higher_is_better: bool = True
     decimals: int = 0
+    x_label: str = "weight decay"
+    write: Callable[[float], str] | None = None
 
 
 def draw_heat_maps(maps: HeatMaps) -> Draw:
@@ -70,41 +78,50 @@ def draw_heat_maps(maps: HeatMaps) -> Draw:
         for spare in grid[len(maps.panels) :]:
             spare.remove()
         used = list(grid[: len(maps.panels)])
-        colors = _Colors(maps, theme)
+        values = np.concatenate([panel.values[~panel.diverged] for panel in maps.panels])
+        colors = ColorScale(values, theme, higher_is_better=maps.higher_is_better)
+        write = maps.write or (lambda value: f"{value:.{maps.decimals}f}")
         for index, (axes, panel) in enumerate(zip(used, maps.panels, strict=True)):
-            _draw_panel(axes, panel, colors, maps.decimals)
-            axes.set_xlabel("weight decay")
+            _draw_panel(axes, panel, colors, write)
+            axes.set_xlabel(maps.x_label)
             if index % columns == 0:
                 axes.set_ylabel("learning rate")
-        _draw_scale(figure, used, colors, maps.label, narrow)
+        draw_scale(figure, used, colors, maps.label, narrow=narrow)
         return figure
 
     return draw
 
 
-class _Colors:
-    """The colour scale of all maps together."""
+class ColorScale:
+    """One colour scale for all maps of a picture.
 
-    def __init__(self, maps: HeatMaps, theme: Theme) -> None:
+    Args:
+        values: Everything that gets a colour; what is not finite counts for nothing.
+        theme: The picture's colours.
+        higher_is_better: Which end matters: it is drawn in full.
+    """
+
+    def __init__(
+        self, values: NDArray[np.float64], theme: Theme, *, higher_is_better: bool
+    ) -> None:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
-        values = np.concatenate([panel.values[~panel.diverged] for panel in maps.panels])
         values = values[np.isfinite(values)]
         if not values.size:
             values = np.zeros(1)
         low, high = float(values.min()), float(values.max())
-        if maps.higher_is_better:
+        if higher_is_better:
             low = float(np.quantile(values, _QUANTILE))
         else:
             high = float(np.quantile(values, 1 - _QUANTILE))
         # The good end is the bright one, so that the eye finds it, whichever end that is.
-        colormap = colormaps["viridis" if maps.higher_is_better else "viridis_r"]
+        colormap = colormaps["viridis" if higher_is_better else "viridis_r"]
         self.theme = theme
         self.mappable = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
         beyond = bool(values.min() < low or values.max() > high)
-        self.extend = ("min" if maps.higher_is_better else "max") if beyond else "neither"
+        self.extend = ("min" if higher_is_better else "max") if beyond else "neither"
 
     def of(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the RGBA colours of values."""
@@ -116,7 +133,9 @@ class _Colors:
         return "#101418" if luminance > 0.52 else "#ffffff"
 
 
-def _draw_panel(axes: Any, panel: HeatMap, colors: _Colors, decimals: int) -> None:
+def _draw_panel(
+    axes: Any, panel: HeatMap, colors: ColorScale, write: Callable[[float], str]
+) -> None:
     """Draw a map: equal cells, since the points of a grid lie at equal ratios."""
     from matplotlib.patches import Rectangle
 
@@ -133,10 +152,12 @@ def _draw_panel(axes: Any, panel: HeatMap, colors: _Colors, decimals: int) -> No
         tile.set_edgecolor(theme.soft if lost else theme.paper)
         tile.set_hatch("////" if lost else "")
         axes.add_patch(tile)
-        if shown and printed:
-            ink = colors.ink_on(rgba[row, column])
-            text = axes.text(column, row, f"{value:.{decimals}f}", color=ink, fontsize=8)
-            text.set(ha="center", va="center")
+        said = write(float(value)) if shown else panel.marks.get((row, column), "")
+        if said and (printed or not shown):
+            ink = colors.ink_on(rgba[row, column]) if shown else theme.ink
+            axes.text(column, row, said, color=ink, fontsize=8).set(ha="center", va="center")
+    if panel.band is not None:
+        _frame_band(axes, panel.band, theme)
     if panel.best is not None:
         _mark_best(axes, panel.best, theme)
     style_axes(axes, theme, grid=False)
@@ -159,7 +180,19 @@ def _mark_best(axes: Any, best: tuple[int, int], theme: Theme) -> None:
         axes.add_patch(frame)
 
 
-def _draw_scale(figure: Any, used: list[Any], colors: _Colors, label: str, narrow: bool) -> None:
+def _frame_band(axes: Any, band: NDArray[np.bool_], theme: Theme) -> None:
+    from matplotlib.patches import Rectangle
+
+    for row, column in np.argwhere(band):
+        corner = (column - 0.42, row - 0.42)
+        frame = Rectangle(corner, 0.84, 0.84, fill=False, edgecolor=theme.ink, linewidth=0.9)
+        axes.add_patch(frame)
+
+
+def draw_scale(
+    figure: Any, used: Sequence[Any], colors: ColorScale, label: str, *, narrow: bool
+) -> None:
+    """Draw the colour scale beside the axes, or below them where the picture is narrow."""
     place: dict[str, Any] = {"location": "bottom", "aspect": 32} if narrow else {"aspect": 24}
     bar = figure.colorbar(colors.mappable, ax=used, extend=colors.extend, pad=0.02, **place)
     bar.set_label(label, color=colors.theme.ink)
