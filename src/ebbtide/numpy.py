@@ -11,13 +11,15 @@ by name before anything is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
+from ebbtide.checkpoint import CheckpointError, Slot, lacking, prepare
 from ebbtide.hyperparameters import NONFINITE_POLICIES, GroupReader, validate_group
 from ebbtide.plan import (
     Bucket,
@@ -289,33 +291,55 @@ class _Optimizer:
         state = {index[name]: dict(values) for name, values in self.state.items()}
         return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over state and hyperparameters, all or nothing.
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, strict: bool = True, keep: Collection[str] = ()
+    ) -> None:
+        """Load state and hyperparameters, all or nothing.
+
+        Arrays are matched by name where both sides have names, whatever their order and grouping;
+        else by position. State keeps the dtype it was saved in.
 
         Args:
-            state_dict: From `state_dict` here or of torch's class of the same name.
+            state_dict: From `state_dict` here, of `ebbtide.torch` or of torch's class of the same
+                name; from a file by way of `ebbtide.checkpoint.unflatten`. It is copied.
+            strict: Refuse a state that lacks arrays, has others, other shapes or unusable values.
+                With `False` what fits is loaded, the rest starts anew, and a warning lists it.
+            keep: Group keys whose values here are kept, such as `("lr", "weight_decay")`.
 
         Raises:
-            ValueError: Arrays are missing, unexpected or of another shape; nothing has changed.
+            CheckpointError: A `ValueError` that lists what does not fit; nothing has changed.
         """
-        saved = state_dict["param_groups"]
-        flat = [index for group in saved for index in group["params"]]
-        names = [n for group in saved for n in group.get("param_names", ())] or list(self._names)
-        if len(saved) != len(self.param_groups) or sorted(names) != sorted(self._names):
-            raise ValueError(
-                f"the saved state holds the arrays {sorted(names)}, this optimizer "
-                f"{sorted(self._names)}"
+        groups = self.param_groups
+        slots = [
+            Slot(position, name, number, array.shape)
+            for position, (name, array, number) in enumerate(
+                (name, array, number)
+                for number, group in enumerate(groups)
+                for name, array in group["params"].items()
             )
-        loaded = {}
-        for index, name in zip(flat, names, strict=True):
-            if index not in state_dict["state"]:
-                continue
-            array = self._names[name]
-            loaded[name] = _loaded(name, array, state_dict["state"][index])
-        for group, old in zip(self.param_groups, saved, strict=True):
-            group.update({k: v for k, v in old.items() if k in group and k != "params"})
-        self.state = loaded
-        self._backend.forget()
+        ]
+        loading = prepare(
+            self._rule, type(self).__name__, state_dict, slots, groups, keep, _alike
+        )
+        state: dict[str, dict[str, Array]] = {}
+        for position, values in loading.states.items():
+            name, number = str(slots[position].name), slots[position].group
+            try:
+                state[name] = _loaded(
+                    self._rule, name, self._names[name], loading.groups[number], values
+                )
+            except CheckpointError as error:
+                loading.difference.refused.append(str(error))
+        if loading.refused(strict=strict):
+            raise loading.refusal()
+        for number, group in enumerate(loading.groups):
+            validate_group(self._rule, group, f" (saved for group {number})")
+        if report := loading.report():
+            warnings.warn(report, stacklevel=2)
+        for group, new in zip(groups, loading.groups, strict=True):
+            group.update(new)
+        self.state = state
+        self._lay_out()
 
 
 class AdamW(_Optimizer):
@@ -587,21 +611,55 @@ def _field(array: Array) -> Field:
     return Field(_address(array), 0, _FORMATS[array.dtype.str])
 
 
-def _loaded(name: str, array: Array, saved: Mapping[str, Any]) -> dict[str, Array]:
+def _alike(mine: Any, saved: Any) -> Any:
+    """Turn a saved hyperparameter into the kind that ours is: a number or a tuple."""
+    if isinstance(mine, tuple) and isinstance(saved, list | tuple):
+        return tuple(_alike(each, value) for each, value in zip(mine, saved, strict=False))
+    return saved.item() if hasattr(saved, "item") else saved
+
+
+def _loaded(
+    rule: Rule, name: str, array: Array, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Array]:
+    saved = {key: value for key, value in saved.items() if value is not None}
+    missing = lacking(rule, group, saved)
+    if missing:
+        raise CheckpointError(f"{name!r} lacks {', '.join(missing)}")
     state = {}
     for key, value in saved.items():
-        if value is None:
-            continue
-        values = np.asarray(value)
+        values = _as_array(value)
         if key == "step":
             state[key] = values.astype(np.float32).reshape(()).copy()
-            continue
-        if values.shape != array.shape:
-            raise ValueError(
-                f"state {key!r} of {name!r} has shape {values.shape}, the array {array.shape}"
-            )
-        if not np.isfinite(values).all() or (key.endswith("_sq") and (values < 0).any()):
-            raise ValueError(f"state {key!r} of {name!r} holds non-finite or negative values")
-        state[key] = np.empty_like(array, dtype=values.dtype)
-        state[key][...] = values
+        else:
+            _check_state(name, key, values, array)
+            state[key] = np.empty_like(array, dtype=_state_dtype(key, values, array), subok=False)
+            state[key][...] = values
     return state
+
+
+def _as_array(value: Any) -> Array:
+    """Return an array of a saved value; a bfloat16 tensor becomes float32, as NumPy lacks it."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
+
+
+def _check_state(name: str, key: str, values: Array, array: Array) -> None:
+    if values.shape != array.shape:
+        raise CheckpointError(f"{name!r} has {key} of shape {values.shape}")
+    if values.dtype.str not in _FORMATS:
+        raise CheckpointError(f"{name!r} has {key} of dtype {values.dtype}")
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{name!r} has {key} that holds NaN or infinity")
+    if key.endswith("_sq") and (values < 0).any():
+        raise CheckpointError(f"{name!r} has {key} that holds the negative value {values.min():g}")
+
+
+def _state_dtype(key: str, values: Array, array: Array) -> str:
+    """Return the saved dtype, where a step can work with it; see `ebbtide.torch.checkpoint`."""
+    if np.float64 in (values.dtype, array.dtype):
+        return str(array.dtype.str)
+    if key.endswith("_sq") and values.dtype == np.float16:
+        return "<f4"
+    return str(values.dtype.str)

@@ -15,6 +15,7 @@ from ebbtide.checkpoint.files import (
 from ebbtide.checkpoint.flat import flatten, unflatten
 from ebbtide.checkpoint.groups import IMPLEMENTATION, merged_groups
 from ebbtide.checkpoint.kind import kind_of, lacking
+from ebbtide.checkpoint.loading import Loading, prepare
 from ebbtide.checkpoint.match import Difference, Match, Slot, match, saved_slots
 from ebbtide.checkpoint.summary import Facts, find_states, summarize
 
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "Difference",
     "Facts",
+    "Loading",
     "Match",
     "Slot",
     "find_states",
@@ -32,6 +34,7 @@ __all__ = [
     "lacking",
     "match",
     "merged_groups",
+    "prepare",
     "previous_of",
     "problem_of",
     "saved_slots",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebbtide import checkpoint
-from ebbtide.checkpoint import CheckpointError, Difference, Match, Slot
+from ebbtide.checkpoint import CheckpointError, Loading, Slot
 from ebbtide.hyperparameters import numbers, validate_group
 from ebbtide.torch import ranks
 from ebbtide.torch.rows import FORMATS
@@ -96,40 +96,33 @@ def _prepared(
     optimizer: Optimizer, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
 ) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """Return the new state and the new groups; changes nothing."""
-    _check_kind(optimizer, state_dict)
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
-    saved = checkpoint.saved_slots(state_dict)
-    found = checkpoint.match(saved, _slots(groups), (len(saved_groups), len(groups)))
-    merged, notes = checkpoint.merged_groups(saved_groups, groups, found, keep, _alike)
-    _keep_names(merged, saved_groups, found)
-    _check_groups(optimizer, merged)
-    state, empty = _loaded_state(optimizer, state_dict, found, merged)
-    refused = bool(found.difference) and (strict or not found.pairs)
-    if _anywhere(refused, groups):
-        raise CheckpointError(_refusal(found.difference))
+    groups = optimizer.param_groups
+    loading = checkpoint.prepare(
+        optimizer._rule, type(optimizer).__name__, state_dict, _slots(groups), groups, keep, _alike
+    )
+    _keep_names(loading, state_dict["param_groups"])
+    _check_groups(optimizer, loading.groups)
+    state = _loaded_state(optimizer, loading)
+    if _anywhere(loading.refused(strict=strict), groups):
+        raise loading.refusal()
+    report = loading.report(lost=_lost(optimizer, loading, state_dict))
+    if report:
+        warnings.warn(report, stacklevel=4)
+    return state, loading.groups
+
+
+def _lost(optimizer: Optimizer, loading: Loading, state_dict: Mapping[str, Any]) -> bool:
+    """Whether a file without moments replaces some, or comes from a run that had some."""
+    groups = optimizer.param_groups
+    if any(loading.states.values()) or not any(optimizer._rule.state_keys(g) for g in groups):
+        return False
     live = any(isinstance(each, Mapping) and each for each in optimizer.state.values())
-    lost = empty and (live or saved_groups != _packed(groups))
-    _report(optimizer, found, notes, lost=lost)
-    return state, merged
+    return live or state_dict["param_groups"] != _packed(groups)
 
 
 def _anywhere(refused: bool, groups: Iterable[Mapping[str, Any]]) -> bool:
     """Whether any rank refuses: one that stops alone would leave the others waiting."""
     return ranks.any_rank(refused, ranks.meshes_of(p for group in groups for p in group["params"]))
-
-
-def _check_kind(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    if "param_groups" not in state_dict or "state" not in state_dict:
-        raise CheckpointError(
-            "this is no optimizer's state: it has no 'state' and 'param_groups', but "
-            f"{sorted(map(str, state_dict))[:8]}"
-        )
-    kind, mine = checkpoint.kind_of(state_dict), optimizer._rule.name
-    if kind is not None and kind.lower() != mine:
-        raise CheckpointError(
-            f"this is {kind} state, and this optimizer is {type(optimizer).__name__}: nothing was "
-            "loaded"
-        )
 
 
 def _slots(groups: Iterable[Mapping[str, Any]]) -> list[Slot]:
@@ -152,8 +145,9 @@ def _alike(mine: Any, saved: Any) -> Any:
     return saved
 
 
-def _keep_names(merged: list[dict[str, Any]], saved: list[Mapping[str, Any]], found: Match) -> None:
+def _keep_names(loading: Loading, saved: list[Mapping[str, Any]]) -> None:
     """Adopt the file's names where there are none here and the groups correspond."""
+    merged, found = loading.groups, loading.match
     if any("param_names" in group for group in merged) or not found.same_grouping:
         return
     named = [saved[source[0]].get("param_names") for source in found.sources if source]
@@ -172,30 +166,19 @@ def _check_groups(optimizer: Optimizer, merged: list[dict[str, Any]]) -> None:
             raise CheckpointError(f"{error}: nothing was loaded") from error
 
 
-def _loaded_state(
-    optimizer: Optimizer,
-    state_dict: Mapping[str, Any],
-    found: Match,
-    merged: list[dict[str, Any]],
-) -> tuple[dict[Any, Any], bool]:
+def _loaded_state(optimizer: Optimizer, loading: Loading) -> dict[Any, Any]:
     """Copy the state of every pair; what cannot be used is added to the difference."""
-    state: dict[Any, Any] = defaultdict(dict)
-    params = [(param, group) for group in merged for param in group["params"]]
-    names = [slot.name or f"parameter {slot.index}" for slot in _slots(merged)]
-    for position, index in found.pairs.items():
-        values = state_dict["state"].get(index)
-        if values is None:
-            continue
-        (param, group), name = params[position], names[position]
+    state: dict[Any, Any] = defaultdict(dict, loading.rest)
+    params = [(param, group) for group in loading.groups for param in group["params"]]
+    slots = _slots(loading.groups)
+    for position, values in loading.states.items():
+        (param, group), slot = params[position], slots[position]
+        name = slot.name or f"parameter {position}"
         try:
             state[param] = _loaded(optimizer, name, param, group, values)
         except CheckpointError as error:
-            found.difference.refused.append(str(error))
-    ids = {index for group in state_dict["param_groups"] for index in group["params"]}
-    # What belongs to no parameter is carried along, as torch does.
-    state.update({key: v for key, v in state_dict["state"].items() if key not in ids})
-    expected = any(optimizer._rule.state_keys(group) for _, group in params)
-    return state, expected and not any(state_dict["state"].get(index) for index in ids)
+            loading.difference.refused.append(str(error))
+    return state
 
 
 def _loaded(
@@ -211,6 +194,8 @@ def _loaded(
         raise CheckpointError(f"{name!r} lacks {', '.join(lacking)}")
     loaded: dict[str, Any] = {}
     for key, value in values.items():
+        if hasattr(value, "__array_interface__"):
+            value = torch.tensor(value)  # from the NumPy face
         if key == "step":
             loaded[key] = _step(name, value, param, group)
         elif isinstance(value, torch.Tensor):
@@ -278,29 +263,6 @@ def problem_of(key: str, value: torch.Tensor) -> str:
     if math.isinf(low) or math.isinf(high):
         return "infinity"
     return f"the negative value {low:g}" if key in _SECOND_MOMENTS and low < 0 else ""
-
-
-def _refusal(difference: Difference) -> str:
-    if difference.unmatched:
-        return f"{difference.unmatched}. Nothing was loaded"
-    if not difference:
-        return "another rank refuses the saved state, and says why: nothing was loaded"
-    return (
-        f"the saved state does not fit this optimizer:\n{difference}\nNothing was loaded. "
-        "load_state_dict(..., strict=False) takes over what fits and starts the rest anew"
-    )
-
-
-def _report(optimizer: Optimizer, found: Match, notes: list[str], *, lost: bool) -> None:
-    """Warn of what was left out or differs; silent where the file simply fits."""
-    difference = found.difference
-    if difference or difference.moved:
-        what = "except for what does not fit" if difference else "although groups differ"
-        notes = [f"loaded by name, {what}:\n{difference}", *notes]
-    if lost:
-        notes.append("the saved state holds no moments: the optimizer starts at its first step")
-    if notes:
-        warnings.warn(f"{type(optimizer).__name__}: " + "\n".join(notes), stacklevel=5)
 
 
 def _packed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
