@@ -139,10 +139,10 @@ def test_stepping_inside_backward_holds_one_gradient() -> None:
     assert whole.step_peak - one.step_peak == whole.gradients - one.gradients
 
 
-def test_loading_one_tensor_at_a_time_takes_less_than_the_whole_file_beside_the_state() -> None:
+def test_loading_from_the_disk_takes_less_than_with_the_whole_file_in_memory() -> None:
     found = estimate(model())
     assert found.load_peak == found.parameters + found.state + 4 * 9000
-    assert found.load_state_dict_peak == found.parameters + 2 * found.state
+    assert found.load_peak_whole_file == found.parameters + 2 * found.state
 
 
 def test_the_estimate_prints_itself_and_becomes_json() -> None:

@@ -3,6 +3,8 @@
 from ebbtide.torch.checkpoint import CheckpointError as CheckpointError
 from ebbtide.torch.checkpoint import load as load
 from ebbtide.torch.checkpoint import save as save
+from ebbtide.torch.estimate import MemoryEstimate as MemoryEstimate
+from ebbtide.torch.estimate import estimate as estimate
 from ebbtide.torch.explain import explain as explain
 from ebbtide.torch.groups import ParamGroups as ParamGroups
 from ebbtide.torch.groups import param_groups as param_groups
@@ -18,8 +20,10 @@ __all__ = [
     "Adam",
     "AdamW",
     "CheckpointError",
+    "MemoryEstimate",
     "ParamGroups",
     "Scheduler",
+    "estimate",
     "explain",
     "gradient_scales",
     "gradient_scales_of_file",

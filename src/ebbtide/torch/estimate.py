@@ -37,11 +37,9 @@ class MemoryEstimate:
         state: Of the optimizer's state, residuals of the weights included.
         step_peak: While a step runs: parameters, gradients and state, since a step allocates
             nothing that grows with the model.
-        load_peak: While a checkpoint is loaded one tensor at a time: parameters, state and the
-            largest moment as it lies in the file, in float32.
-        load_state_dict_peak: The same with the whole state of the file in memory beside it, as
-            `load_state_dict(torch.load(path))` has it where the file is on another device or in
-            another format.
+        load_peak: While a new optimizer takes the state of a checkpoint that is read from the disk
+            as it is used, `load(path, mmap=True)`: parameters, state and one tensor of the file.
+        load_peak_whole_file: The same with the state of the file in memory as a whole.
         formats: Number of tensors kept in each state format.
     """
 
@@ -52,7 +50,7 @@ class MemoryEstimate:
     state: int
     step_peak: int
     load_peak: int
-    load_state_dict_peak: int
+    load_peak_whole_file: int
     formats: dict[str, int]
 
     @property
@@ -71,8 +69,8 @@ class MemoryEstimate:
             ("gradients", self.gradients, ""),
             ("state", self.state, f"tensors: {formats or 'none'}"),
             ("step peak", self.step_peak, "parameters, gradients, state"),
-            ("load peak", self.load_peak, "parameters, state, one tensor of the file"),
-            ("", self.load_state_dict_peak, "with load_state_dict: the whole file's state"),
+            ("load peak", self.load_peak, "load(path, mmap=True)"),
+            ("", self.load_peak_whole_file, "load(path)"),
         ]
         lines = [
             f"{name:<10}  {format_bytes(count):>9}  {note}".rstrip() for name, count, note in rows
@@ -126,8 +124,8 @@ def estimate(
         gradients      32 MiB
         state        16.5 MiB  tensors: 2 in 8bit, 2 in float32
         step peak    80.6 MiB  parameters, gradients, state
-        load peak    64.6 MiB  parameters, state, one tensor of the file
-                     65.1 MiB  with load_state_dict: the whole file's state
+        load peak    64.6 MiB  load(path, mmap=True)
+                     65.1 MiB  load(path)
         stored per trainable parameter: 6.07 B
     """
     infos = [info for info, _ in find_parameters(model)]
@@ -165,7 +163,7 @@ def estimate(
         state=state,
         step_peak=parameters + held + state,
         load_peak=parameters + state + largest,
-        load_state_dict_peak=parameters + 2 * state,
+        load_peak_whole_file=parameters + 2 * state,
         formats=dict(Counter(formats)),
     )
 
