@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ebbtide.lab.pictures import DARK, LIGHT, Draw, Theme, to_png, to_svg
 
-__all__ = ["Picture", "Report", "Section", "Table", "picture_files", "render"]
+__all__ = ["Listing", "Picture", "Report", "Section", "Table", "picture_files", "render"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """Text as a program printed it, folded away under its heading."""
+
+    heading: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what belongs under it, in this order."""
 
@@ -52,6 +60,7 @@ class Section:
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    listings: Sequence[Listing] = ()
 
 
 @dataclass(frozen=True)
