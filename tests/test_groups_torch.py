@@ -184,6 +184,15 @@ def test_embeddings_are_configurable_and_listed() -> None:
     }  # fmt: skip
 
 
+def test_a_rule_names_its_groups() -> None:
+    rules = {"2.*": {"lr": 1.0, "name": "head"}}
+    groups = param_groups(plain(), 0.1, rules=rules)
+    assert [group["name"] for group in groups] == [
+        "decay", "no_decay", "head.decay", "head.no_decay"
+    ]  # fmt: skip
+    assert {row.group for row in explain_groups(groups).rows} == {g["name"] for g in groups}
+
+
 def test_a_module_class_is_a_pattern_for_what_is_inside() -> None:
     groups = param_groups(Zoo(), 0.1, rules={Block: {"lr": 1.0}, nn.LSTM: {"lr": 2.0}})
     assert names(groups, "decay.lr_1.0") == {

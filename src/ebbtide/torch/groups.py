@@ -170,9 +170,9 @@ def _group(name: str, members: Sequence[tuple[Assignment, torch.Tensor]]) -> dic
     embeddings = [a.info.name for a, _ in members if is_embedding(a.info)]
     return {
         "params": [(assignment.info.name, tensor) for assignment, tensor in members],
+        **members[0][0].settings,
         "name": name,
         "embeddings": ",".join(embeddings),
-        **members[0][0].settings,
     }
 
 
