@@ -273,7 +273,8 @@ def _method(experiment: Experiment) -> list[str]:
         f"{len(experiment.test_seeds)} other seeds, and only those runs are tested; the best cell "
         "without weight decay likewise.",
         "A seed fixes data, start and order for every optimizer, and differences are taken seed "
-        "by seed. Intervals are 95 % expanded percentile bootstrap intervals (Hesterberg 2015). "
+        "by seed. Intervals hold the truth in 95 of 100 cases: expanded percentile bootstrap "
+        "(Hesterberg 2015), or Student's for fewer than eight seeds. "
         "A difference counts as seen when its interval excludes zero.",
         "A cell has diverged when its training loss ends above where it began, or is not finite.",
         "Bands in the curves are one standard deviation over the seeds.",

@@ -60,7 +60,7 @@ def advantages(
         >>> found = {"Adam + L2": Interval(4.8, 4.0, 5.5, 10), "SGD": Interval(0.1, -0.3, 0.5, 10)}
         >>> advantages("AdamW", "test accuracy", found, unit="points")
         "AdamW's test accuracy is 4.8 points above Adam + L2's (4.0 to 5.5); between AdamW and SGD \
-no difference can be seen (-0.3 to 0.5)."
+(-0.3 to 0.5) no difference can be seen."
     """
     apart = [
         f"{abs(d.mean):.{decimals}f} {unit} {'above' if d.mean > 0 else 'below'} {name}'s "

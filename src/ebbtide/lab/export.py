@@ -14,7 +14,7 @@ import numpy as np
 from ebbtide.lab.experiment import ArmResult, Experiment, OptimizerResult
 from ebbtide.lab.statistics import Interval
 
-__all__ = ["as_json", "csv_files", "to_bytes"]
+__all__ = ["as_json", "csv_files", "to_bytes", "to_csv"]
 
 
 def to_bytes(content: Any) -> bytes:
@@ -37,15 +37,15 @@ def as_json(experiment: Experiment, arms: Sequence[ArmResult]) -> dict[str, Any]
 def csv_files(arms: Sequence[ArmResult]) -> dict[str, bytes]:
     """Return the grids, the test runs and the curves as CSV files by name."""
     return {
-        "grid.csv": _csv(
+        "grid.csv": to_csv(
             ("arm", "optimizer", "lr", "weight_decay", "seed_index", "validation", "diverged"),
             (row for arm in arms for result in arm.results for row in _grid_rows(arm, result)),
         ),
-        "test.csv": _csv(
+        "test.csv": to_csv(
             ("arm", "optimizer", "lr", "weight_decay", "seed_index", "test"),
             (row for arm in arms for result in arm.results for row in _test_rows(arm, result)),
         ),
-        "curves.csv": _csv(
+        "curves.csv": to_csv(
             ("arm", "optimizer", "seed_index", "step", "train_loss", "test_loss"),
             (row for arm in arms for result in arm.results for row in _curve_rows(arm, result)),
         ),
@@ -115,7 +115,8 @@ def _curve_rows(arm: ArmResult, result: OptimizerResult) -> Iterable[tuple[Any, 
                *map(float, losses))  # fmt: skip
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return a CSV file; numbers keep all their digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 __all__ = ["Interval", "bootstrap_mean", "paired_difference"]
 
 _RESAMPLES = 10_000
+_FEWEST_RESAMPLED = 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Return the mean with its expanded percentile bootstrap interval.
 
     The plain percentile interval of n values is too narrow by about √((n-1)/n)·z/t; the
-    expanded one takes its percentiles further out by that much.
+    expanded one takes its percentiles further out by that much. Resamples of fewer than eight
+    values do not reach far enough (five normal values: 92.6 of 100 intervals hold the mean
+    instead of 95), so these get Student's interval, mean ± t·s/√n.
 
     Args:
         values: One number a seed; at least one. With a single value the interval is unbounded.
@@ -55,8 +59,11 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     mean = float(sample.mean())
     if count == 1 or not np.isfinite(sample).all():
         return Interval(mean, -np.inf, np.inf, count)
-    quantile = stdtrit(count - 1, 0.5 + confidence / 2) * np.sqrt(count / (count - 1))
-    tail = NormalDist().cdf(-float(quantile))
+    quantile = float(stdtrit(count - 1, 0.5 + confidence / 2))
+    if count < _FEWEST_RESAMPLED:
+        reach = quantile * float(sample.std(ddof=1)) / math.sqrt(count)
+        return Interval(mean, mean - reach, mean + reach, count)
+    tail = NormalDist().cdf(-quantile * math.sqrt(count / (count - 1)))
     # A fixed seed: the same numbers always print the same interval.
     chosen = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
     low, high = np.quantile(sample[chosen].mean(axis=1), [tail, 1 - tail])
