@@ -103,7 +103,17 @@ def test_explain_knows_the_optimizers(run: Run, options: str, share: float) -> N
             "normalized 1.26491e-4 --dataset-size 50000 --batch-size 128 --epochs 100 --inverse",
             0.025,
         ),
+        (
+            "normalized 0.025 --dataset-size 50000 --batch-size 128 --epochs 1800 --lr 1e-3",
+            0.0298142,
+        ),
+        (
+            "normalized 0.0298142 --dataset-size 50000 --batch-size 128 --epochs 1800 --lr 1e-3 "
+            "--inverse",
+            0.025,
+        ),
         ("timescale --lr 1e-3 --steps 39062.5", 0.0256),
+        ("timescale --lr 1e-3 --epochs 100 --steps-per-epoch 390.625", 0.0256),
         ("schedule 0.1 --old constant --new linear --steps 10000", 0.19998),
     ],
 )
@@ -181,6 +191,8 @@ def test_convert_adam_l2_is_honest_about_the_spread(run: Run, tmp_path: Path) ->
         ),
         ("convert adam-l2 0.1 /no/such/file", "is not a file"),
         ("convert timescale --lr 1e-3 --steps 0", "steps must be"),
+        ("convert timescale --lr 1e-3 --epochs 5", "--steps-per-epoch"),
+        ("convert timescale --lr 1e-3 --epochs 5 --steps 7", "not both"),
         ("convert lightyears", "lightyears"),
     ],
 )

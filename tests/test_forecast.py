@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ebbtide.forecast import (
@@ -17,6 +19,7 @@ from ebbtide.forecast import (
     forecast,
     forecast_groups,
 )
+from ebbtide.numpy import SGD, AdamW
 from ebbtide.schedules import WSD, Constant, Cosine, CosineRestarts, Reciprocal, Schedule, Warmup
 from ebbtide.weight_decay import DECAY_POLICIES, decay_share
 
@@ -259,3 +262,37 @@ def test_run_out_of_range_is_refused() -> None:
         forecast(ADAMW, total_steps=10, schedule=Constant(-1.0))
     with pytest.raises(ValueError, match="base_lr"):
         forecast(DecaySettings(0.0, 0.1, "independent"), total_steps=10)
+
+
+def test_many_groups_are_printed_as_a_table() -> None:
+    groups = [
+        {"lr": 10.0**-i, "betas": (0.9, 0.999), "weight_decay": 0.1, "decay_policy": "decoupled"}
+        for i in range(2, 9)
+    ]
+    lines = str(forecast_groups(groups, total_steps=3000)).splitlines()
+    assert lines[0].split() == [
+        "group",
+        "lr",
+        "weight",
+        "decay",
+        "timescale",
+        "κ",
+        "kept",
+        "verdict",
+    ]
+    assert lines[1].split() == ["group", "0", "0.01", "0.1", "1000", "3", "4.97%", "active"]
+    assert [line.split()[-1] for line in lines[1:8]] == ["active"] * 2 + ["inert"] * 5
+    assert sum(line.startswith("inert: ") for line in lines) == 5
+    assert any("below half the spacing of float32" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("build", "policy", "share"),
+    [(AdamW, "decoupled", 1e-4), (SGD, "l2", 1e-3), (SGD, "independent", 0.1)],
+)
+def test_groups_of_the_numpy_face_are_known(build: Any, policy: str, share: float) -> None:
+    momentum = {"momentum": 0.9} if build is SGD else {}
+    optimizer = build([np.ones((2, 2))], lr=1e-3, weight_decay=0.1, decay_policy=policy, **momentum)
+    seen = forecast_groups(optimizer.param_groups, total_steps=100).groups[0]
+    assert seen.settings.decay_policy == policy
+    assert seen.largest_share == pytest.approx(share, rel=1e-12)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DecayForecast", "Duration", "Equilibrium", "Moment", "RunForecast"]
 
+# More groups than this are printed as a table, a line each.
+_FULL_REPORTS = 3
+_COLUMNS = ("group", "lr", "weight decay", "timescale", "κ", "kept", "verdict")
+
 
 class Moment(NamedTuple):
     """The settings in force at one step, and the share of a weight that it removes."""
@@ -96,7 +100,7 @@ class DecayForecast:
         equilibrium = self.equilibrium
         rows = [
             ("removed by a step, at most", _number(self.largest_share)),
-            ("timescale 1/(lr·λ)", _duration(self.timescale)),
+            ("timescale τ", _duration(self.timescale)),
             ("half-life of a weight", _duration(self.half_life)),
             ("total decay κ", _number(self.total_decay, 5)),
             ("kept of an initial weight", _percent(self.kept_share)),
@@ -109,7 +113,7 @@ class DecayForecast:
                 rotation = f"{_number(equilibrium.rotation_per_step)} rad a step"
                 rows.append(("equilibrium rotation", rotation))
             if equilibrium.weight_bound is not None:
-                rows.append(("bound on a weight 1/λ", _number(equilibrium.weight_bound)))
+                rows.append(("bound on a weight", _number(equilibrium.weight_bound)))
         if self.default_warmup_steps is not None:
             rows.append(("default warmup 2/(1 - β2)", f"{self.default_warmup_steps:,.0f} steps"))
         rows.append(("verdict", f"{self.verdict}. {self.reason}"))
@@ -158,7 +162,14 @@ class RunForecast:
     groups: tuple[DecayForecast, ...]
 
     def __str__(self) -> str:
-        return "\n\n".join(str(group) for group in self.groups)
+        if len(self.groups) <= _FULL_REPORTS:
+            return "\n\n".join(str(group) for group in self.groups)
+        rows = [_COLUMNS, *(_row(group) for group in self.groups)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        reasons = {f"{group.verdict}: {group.reason}": None for group in self.groups}
+        notes = {f"note: {note}": None for group in self.groups for note in group.notes}
+        return "\n".join([*lines, "", *reasons, *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries, lists, texts and numbers."""
@@ -181,6 +192,19 @@ class RunForecast:
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
+
+
+def _row(group: DecayForecast) -> tuple[str, ...]:
+    settings = group.settings
+    return (
+        settings.name,
+        f"{settings.lr:g}",
+        f"{settings.weight_decay:g}",
+        _number(group.timescale.steps if group.timescale else None),
+        _number(group.total_decay),
+        _percent(group.kept_share),
+        group.verdict,
+    )
 
 
 def _curves(group: DecayForecast, number: int) -> list[Curve]:

@@ -247,6 +247,8 @@ def _notes(run: _Run, sums: _Sums | None, warmup: float | None) -> Iterator[str]
         yield "L2 is part of the gradient: the share that a step removes is approximate."
     if sums is not None and (run.steps_per_epoch or 0) * sums.largest_share > 1:
         yield "The timescale is under one epoch: examples are forgotten before all are seen."
+    if sums is not None and 0 < sums.largest_share < 2.0**-25:
+        yield "Each share is below half the spacing of float32, where plain arithmetic loses it."
     if warmup is not None and warmup > 0.1 * run.total_steps:
         yield f"The default warmup is over a tenth of the run, {0.1 * run.total_steps:,.0f} steps."
     if run.stride > 1:

@@ -41,7 +41,9 @@ def judge(*, largest_share: float, total_decay: float, steps: float) -> tuple[st
         )
     if total_decay == 0:
         return "inert", "Nothing decays: the weight decay or the learning rate is 0 throughout."
-    lost = f"Decay removes {-math.expm1(-total_decay):.1%} of an initial weight over the run"
+    lost = (
+        f"Decay removes {-100.0 * math.expm1(-total_decay):.3g} % of an initial weight over the run"
+    )
     if total_decay < _INERT_BELOW:
         return "inert", f"{lost}: training would look the same without it."
     if total_decay < _WEAK_BELOW:
