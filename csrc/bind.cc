@@ -76,8 +76,9 @@ struct BoundTable : Table {
   bool busy = false;
 };
 
-// One row from a plan.Row; `param` and `state` are the objects to watch.
-void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb::object state) {
+// One row from a plan.Row; `param` and `state` are the objects to watch, `key` finds the state.
+void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb::object state,
+         nb::object key) {
   Entry e;
   e.group = group;
   e.param = param.inc_ref().ptr();
@@ -105,9 +106,13 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     e.active = true;
     nb::dict watched = nb::cast<nb::dict>(state);
     e.state = watched.inc_ref().ptr();
+    e.key = key.inc_ref().ptr();
+    e.hash = PyObject_Hash(e.key);
+    if (e.hash == -1) throw nb::python_error();
     for (auto [key, value] : watched) {
       e.keys.push_back(key.inc_ref().ptr());
       e.values.push_back(value.inc_ref().ptr());
+      e.addresses.push_back(table.address(e, value.ptr()));
     }
   }
   table.entries.push_back(std::move(e));
@@ -138,27 +143,30 @@ int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool 
   return table.run(read.data(), int64_t(read.size()), grad_scale, guard);
 }
 
+// What a step is checked against: the parameters of each group, their gradients, all state.
+bool refresh(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states) {
+  const bool fresh =
+      table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr(), states.ptr());
+  if (!fresh) table.release_grads();
+  if (PyErr_Occurred()) throw nb::python_error();
+  return fresh;
+}
+
 // Without groups the table is as sum_squares has just left it.
-int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, const nb::list& buckets,
-             double grad_scale, bool guard) {
+int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states,
+             const nb::list& buckets, double grad_scale, bool guard) {
   const NoCollection off;
-  if (!groups.is_none() && !table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
-    table.release_grads();
-    return Table::kStale;
-  }
+  if (!groups.is_none() && !refresh(table, groups, grads, states)) return Table::kStale;
   const int64_t result = run(table, buckets, grad_scale, guard);
   table.release_grads();
   return result;
 }
 
 // None if the table is stale.
-nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads) {
+nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states) {
   const NoCollection off;
   const Busy busy(table.busy);
-  if (!groups.is_none() && !table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr())) {
-    table.release_grads();
-    return nb::none();
-  }
+  if (!groups.is_none() && !refresh(table, groups, grads, states)) return nb::none();
   double total = 0;
   {
     nb::gil_scoped_release release;
@@ -221,11 +229,12 @@ NB_MODULE(_core, m) {
           },
           nb::arg("rule"), nb::arg("exchange_api").none())
       .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
-           nb::arg("state").none())
+           nb::arg("state").none(), nb::arg("key"))
       .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
-      .def("step", &step, nb::arg("groups").none(), nb::arg("grads").none(), nb::arg("buckets"),
-           nb::arg("grad_scale"), nb::arg("guard"))
-      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none())
+      .def("step", &step, nb::arg("groups").none(), nb::arg("grads").none(), nb::arg("states"),
+           nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
+      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none(),
+           nb::arg("states").none())
       .def("needed", &needed)
       .def("untouched", &untouched);
 }

@@ -1,7 +1,7 @@
 // Codecs: how a block of at most 128 elements is read into floats and written back.
 //
-// `open` gives floats to work on: the memory itself where it already holds floats, else a decoded copy in
-// the buffer; `close` encodes the buffer again. A codec knows no rule.
+// `open` gives floats to work on: the memory itself where it already holds floats, else a decoded
+// copy in the buffer; `close` encodes the buffer again. A codec knows no rule.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -107,15 +107,15 @@ inline void close(const Field& field, const Block& b, const float* buffer, Dithe
     case Format::kBF16:
       for (int j = 0; j < b.n; ++j) {
         const float x = buffer[j];
-        to[j] = float_to_bf16(
-            x, dither.on ? dither.at(b.first_lane + j) >> 16 : bf16_nearest_bits(x));
+        to[j] =
+            float_to_bf16(x, dither.on ? dither.at(b.first_lane + j) >> 16 : bf16_nearest_bits(x));
       }
       return;
     case Format::kF16:
       for (int j = 0; j < b.n; ++j) {
         const float x = buffer[j];
-        to[j] = float_to_f16(
-            x, dither.on ? dither.at(b.first_lane + j) >> 19 : f16_nearest_bits(x));
+        to[j] =
+            float_to_f16(x, dither.on ? dither.at(b.first_lane + j) >> 19 : f16_nearest_bits(x));
       }
       return;
     default:

@@ -1,4 +1,5 @@
-// The arithmetic types of the kernels: double, float, and a vector of float as wide as the instruction set.
+// The arithmetic types of the kernels: double, float, and a vector of float as wide as the
+// instruction set.
 //
 // GCC's vector extension gives + - * / and comparisons on `Lanes`; only what it lacks is here.
 #pragma once
@@ -83,8 +84,12 @@ inline Lanes madd(Lanes a, Lanes b, Lanes c) {
   for (int i = 0; i < kLanes; ++i) c[i] = madd(a[i], b[i], c[i]);
   return c;
 }
-inline Lanes sqrt(Lanes x) { return map(x, [](float y) { return std::sqrt(y); }); }
-inline DoubleLanes sqrt(DoubleLanes x) { return map(x, [](double y) { return std::sqrt(y); }); }
+inline Lanes sqrt(Lanes x) {
+  return map(x, [](float y) { return std::sqrt(y); });
+}
+inline DoubleLanes sqrt(DoubleLanes x) {
+  return map(x, [](double y) { return std::sqrt(y); });
+}
 #endif
 inline DoubleLanes madd(DoubleLanes a, DoubleLanes b, DoubleLanes c) { return a * b + c; }
 

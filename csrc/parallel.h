@@ -1,9 +1,9 @@
 // Work shared over the threads of the libgomp that is already loaded (torch's, if torch is there).
 //
 // The core is not linked with libgomp: it is found at the first parallel step, so there is one pool
-// in the process, torch.set_num_threads and OMP_NUM_THREADS are respected, the order of imports does not
-// matter and nothing is needed at import. A second pool beside torch's was measured five times slower
-// in a step after a torch operation, because torch's waiting threads own the cores.
+// in the process, torch.set_num_threads and OMP_NUM_THREADS are respected, the order of imports
+// does not matter and nothing is needed at import. A second pool beside torch's was measured five
+// times slower in a step after a torch operation, because torch's waiting threads own the cores.
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>

@@ -1,9 +1,10 @@
 // Counter-based random bits for stochastic rounding: no state, the same whatever the threads.
 //
 // One hash a block of 128 elements, of (seed, step, salt of the parameter, index of the block in
-// the whole parameter); the elements of the block vary it by a constant of their lane. The top seven bits
-// of the constants are a permutation of 0..127, so the 128 roundings of a block are spread evenly over
-// [0, 1) whatever the hash: each is unbiased and their mean has less noise than independent bits.
+// the whole parameter); the elements of the block vary it by a constant of their lane. The top
+// seven bits of the constants are a permutation of 0..127, so the 128 roundings of a block are
+// spread evenly over [0, 1) whatever the hash: each is unbiased and their mean has less noise than
+// independent bits.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -31,7 +32,8 @@ constexpr std::array<uint32_t, kBlock> lane_constants() {
 }
 inline constexpr std::array<uint32_t, kBlock> kLaneConstants = lane_constants();
 
-// The key of one parameter at one step; `block_bits` of it and a block index gives the block's hash.
+// The key of one parameter at one step; `block_bits` of it and a block index gives the block's
+// hash.
 constexpr uint64_t row_key(uint64_t seed, uint64_t step, uint64_t salt) {
   return mix(mix(seed) ^ mix(step * 0xD1342543DE82EF95u) ^ salt);
 }

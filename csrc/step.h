@@ -20,14 +20,14 @@ struct Field {
 struct Row {
   Field param;
   Field grad;
-  Field state[kMaxState];  // exp_avg, exp_avg_sq, max_exp_avg_sq; or momentum_buffer
+  Field state[kMaxState];    // exp_avg, exp_avg_sq, max_exp_avg_sq; or momentum_buffer
   void* residual = nullptr;  // low bits of a 16-bit parameter
   int32_t residual_bits = 0;
   bool stochastic = false;  // round the parameter, or the last bit of its residual, stochastically
   int64_t numel = 0;
   // Blocks of 128 elements never cross a run of `run_length` elements (an index of the first
-  // dimension where state is blockwise, the whole parameter elsewhere); a shard that starts inside a
-  // block of the whole parameter has `lead` elements before it, and `first_block` blocks.
+  // dimension where state is blockwise, the whole parameter elsewhere); a shard that starts inside
+  // a block of the whole parameter has `lead` elements before it, and `first_block` blocks.
   int64_t run_length = 0;
   int64_t lead = 0;
   int64_t first_block = 0;
@@ -47,8 +47,8 @@ constexpr int kScalarCount = sizeof(StepScalars) / sizeof(double);
 // One instruction set's kernels; [begin, end) counts the row's blocks.
 struct Kernels {
   const char* name;
-  // Steps the blocks; returns how many elements were left as they were because the new state would not
-  // be finite (guard), or 0.
+  // Steps the blocks; returns how many elements were left as they were because the new state would
+  // not be finite (guard), or 0.
   int64_t (*update)(Rule, const Row&, const StepScalars&, bool guard, int64_t begin, int64_t end);
   // Sum of squares of the gradient, in float64, in an order fixed by the element's place.
   double (*sum_squares)(const Row&, int64_t begin, int64_t end);

@@ -17,15 +17,18 @@ const Kernels& kernels();  // chosen once, for this machine
 // A row and what must still be true of it when the next step begins.
 struct Entry {
   Row row;
-  PyObject* param = nullptr;   // the object in param_groups
-  PyObject* state = nullptr;   // its state dict; null while the parameter has had no gradient
+  PyObject* param = nullptr;  // the object in param_groups
+  PyObject* key = nullptr;    // under which the optimizer keeps its state
+  Py_hash_t hash = 0;
+  PyObject* state = nullptr;  // its state dict; null while the parameter has had no gradient
   std::vector<PyObject*> keys, values;  // the state as it was when its addresses were taken
-  PyObject* grad = nullptr;    // held while a step runs
+  std::vector<void*> addresses;         // of the values; null where one is no tensor
+  PyObject* grad = nullptr;             // held while a step runs
   Layout layout;
-  void* step = nullptr;        // the step count: float32, or float64
+  void* step = nullptr;  // the step count: float32, or float64
   bool step_is_double = false;
-  bool local = false;          // a DTensor: the row is its `_local_tensor`
-  int64_t count = 0;           // steps taken, where the state holds no count
+  bool local = false;  // a DTensor: the row is its `_local_tensor`
+  int64_t count = 0;   // steps taken, where the state holds no count
   int32_t group = 0;
   int32_t bucket = 0;
   bool active = false;
@@ -57,12 +60,15 @@ class Table {
   enum Status : int64_t { kStale = -1, kMissingBucket = -2 };
 
   Table(Rule rule, DLPackExchangeAPI* api)
-      : rule_(rule), reader_(api), grad_name_(PyUnicode_InternFromString("grad")),
+      : rule_(rule),
+        reader_(api),
+        grad_name_(PyUnicode_InternFromString("grad")),
         local_name_(PyUnicode_InternFromString("_local_tensor")) {}
   ~Table() {
     release_grads();
     for (Entry& e : entries) {
       Py_XDECREF(e.param);
+      Py_XDECREF(e.key);
       Py_XDECREF(e.state);
       for (PyObject* key : e.keys) Py_DECREF(key);
       for (PyObject* value : e.values) Py_DECREF(value);
@@ -74,10 +80,19 @@ class Table {
 
   std::vector<Entry> entries;
 
-  // Checks every parameter, state and gradient against the table and takes the gradients' addresses.
-  // `groups` is a list of lists of parameters; `grads` a list aligned with them, or null to read `.grad`.
+  void* address(const Entry& e, PyObject* object) const {
+    PyObject* local = local_of(e, object);
+    void* data = reader_.address(local);
+    Py_DECREF(local);
+    return data;
+  }
+
+  // Checks every parameter, state and gradient against the table and takes the gradients'
+  // addresses. `groups` is a list of lists of parameters; `grads` a list aligned with them, or null
+  // to read
+  // `.grad`; `states` the dict of all state.
   // False: something changed, and the table must be built anew. Writes nothing but the table.
-  bool refresh(PyObject* groups, PyObject* grads) {
+  bool refresh(PyObject* groups, PyObject* grads, PyObject* states) {
     release_grads();
     size_t at = 0;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
@@ -86,7 +101,8 @@ class Table {
         if (at >= entries.size()) return false;
         Entry& e = entries[at];
         if (e.param != PyList_GET_ITEM(params, j) || e.group != i) return false;
-        if (!refresh(e, grads == nullptr ? nullptr : PyList_GET_ITEM(grads, Py_ssize_t(at)))) return false;
+        PyObject* grad = grads == nullptr ? nullptr : PyList_GET_ITEM(grads, Py_ssize_t(at));
+        if (!refresh(e, grad, states)) return false;
       }
     }
     return at == entries.size();
@@ -139,7 +155,7 @@ class Table {
   }
 
  private:
-  bool refresh(Entry& e, PyObject* given) {
+  bool refresh(Entry& e, PyObject* given, PyObject* states) {
     PyObject* grad = given != nullptr ? Py_NewRef(given) : PyObject_GetAttr(e.param, grad_name_);
     if (grad == nullptr) {
       PyErr_Clear();
@@ -149,9 +165,10 @@ class Table {
     e.untouched = 0;
     e.active = false;
     if (grad == Py_None) return true;
-    if (e.state == nullptr) return false;  // its first gradient
+    if (e.state == nullptr || lookup(states, e) != e.state) return false;
     for (size_t k = 0; k < e.keys.size(); ++k) {
       if (PyDict_GetItem(e.state, e.keys[k]) != e.values[k]) return false;
+      if (address(e, e.values[k]) != e.addresses[k]) return false;
     }
     if (size_t(PyDict_GET_SIZE(e.state)) != e.keys.size()) return false;
     void* data = nullptr;
@@ -163,16 +180,28 @@ class Table {
     return true;
   }
 
+  // The hash of a tensor is a call into Python; the one taken when the row was added still holds.
+  static PyObject* lookup(PyObject* states, const Entry& e) {
+#if PY_VERSION_HEX < 0x030D0000
+    return _PyDict_GetItem_KnownHash(states, e.key, e.hash);
+#else
+    return PyDict_GetItemWithError(states, e.key);
+#endif
+  }
+
   bool read(const Entry& e, PyObject* object, void*& data) {
-    if (!e.local) return reader_.read(object, data, scratch_);
-    PyObject* local = PyObject_GetAttr(object, local_name_);
-    if (local == nullptr) {
-      PyErr_Clear();
-      return false;
-    }
+    PyObject* local = local_of(e, object);
     const bool ok = reader_.read(local, data, scratch_);
-    Py_DECREF(local);  // its owner, the DTensor, is held by the parameter or the entry
+    Py_DECREF(local);  // its owner is held by the parameter or the entry
     return ok;
+  }
+
+  // The shard of a distributed tensor, or the object itself; a new reference.
+  PyObject* local_of(const Entry& e, PyObject* object) const {
+    PyObject* local = e.local ? PyObject_GetAttr(object, local_name_) : nullptr;
+    if (local != nullptr) return local;
+    PyErr_Clear();
+    return Py_NewRef(object);
   }
 
   static bool find_bucket(Entry& e, const Bucket* buckets, int64_t n) {
@@ -204,13 +233,15 @@ class Table {
   // Splits the units evenly over the threads, whatever tensors they belong to.
   template <typename Body>
   void for_each_share(const Body& body) {
-    constexpr int64_t kSerial = 32768;  // elements: below this a parallel region costs more than it saves
+    constexpr int64_t kSerial =
+        32768;  // elements: below this a parallel region costs more than it saves
     Threads& pool = Threads::instance();
     pool.run(elements_ < kSerial ? 1 : pool.count(), [&](int thread, int threads) {
       int64_t at = offsets_.back() * thread / threads;
       const int64_t stop = offsets_.back() * (thread + 1) / threads;
       if (at >= stop) return;
-      size_t row = size_t(std::upper_bound(offsets_.begin(), offsets_.end(), at) - offsets_.begin()) - 1;
+      size_t row =
+          size_t(std::upper_bound(offsets_.begin(), offsets_.end(), at) - offsets_.begin()) - 1;
       for (; at < stop; ++row) {
         const int64_t end = std::min(offsets_[row + 1], stop);
         if (end > at) body(entries[row], at - offsets_[row], end - offsets_[row]);

@@ -3,8 +3,8 @@
 // V is the type of the arithmetic: double, float, or a vector of float lanes; S is the type of the
 // scalars. `madd` and `sqrt` are the only primitives (lanes.h); `c ? a : b` selects by element when
 // c is a comparison of vectors. Where float kernels contract (madd), they do so exactly where
-// torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never contracts and
-// the result equals reference.py bit for bit. Build with -ffp-contract=off.
+// torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never contracts
+// and the result equals reference.py bit for bit. Build with -ffp-contract=off.
 //
 // Each rule returns a witness that is finite if and only if the new state is: the kernel
 // leaves elements with a non-finite witness as they were.
@@ -42,8 +42,7 @@ inline V decayed(V param, V update, const Scalars<S>& s) {
 
 // Adam, AdamW; AMSGrad where max_exp_avg_sq is not null.
 template <typename V, typename S>
-inline V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq,
-              const Scalars<S>& s) {
+inline V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq, const Scalars<S>& s) {
   grad = grad * s.grad_scale;
   if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
   const S weight = s.exp_avg_weight;

@@ -143,8 +143,7 @@ class _Optimizer:
         self._order: list[tuple[str, Array, int]] = []
         for index, group in enumerate(self.param_groups):
             decays = {
-                name: (isinstance(self._decay_mask, Mapping)
-                and name not in self._decay_mask)
+                name: (isinstance(self._decay_mask, Mapping) and name not in self._decay_mask)
                 or self._decays(name, array)
                 for name, array in group["params"].items()
             }
@@ -213,7 +212,8 @@ class _Optimizer:
         if not self._backend.buckets or not self._plain:
             return None
         buckets = self._buckets(self._backend.buckets)
-        return self._backend.rerun(self._lists, given, buckets, 1.0, self.nonfinite != "propagate")
+        guard = self.nonfinite != "propagate"
+        return self._backend.rerun(self._lists, given, self.state, buckets, 1.0, guard)
 
     def _plan_and_run(self, given: list[Array | None]) -> Outcome:
         plan, staged, created = self._plan(given)
@@ -318,9 +318,7 @@ class _Optimizer:
                 for name, array in group["params"].items()
             )
         ]
-        loading = prepare(
-            self._rule, type(self).__name__, state_dict, slots, groups, keep, _alike
-        )
+        loading = prepare(self._rule, type(self).__name__, state_dict, slots, groups, keep, _alike)
         state: dict[str, dict[str, Array]] = {}
         for position, values in loading.states.items():
             name, number = str(slots[position].name), slots[position].group

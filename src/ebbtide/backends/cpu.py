@@ -93,7 +93,9 @@ class CompiledBackend:
         """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
         table = _core.Table(_RULES[plan.rule.name], self._exchange_api)
         for param, group, row, state in plan.entries:
-            table.add(param, group, row, state)
+            # NumPy arrays cannot be hashed: their state is kept under their names.
+            by_name = self._exchange_api is None and row is not None
+            table.add(param, group, row, state, row.name if by_name and row else param)
         self._table = table
         self._buckets = table.needed()
         return self._buckets
@@ -111,20 +113,23 @@ class CompiledBackend:
     def sum_squares(self, plan: Plan) -> float:
         """Return the sum of squares of the gradients of the plan last given to `load`."""
         del plan
-        return float(self._table.sum_squares(None, None))
+        return float(self._table.sum_squares(None, None, None))
 
-    def look(self, params: list[list[Any]], grads: list[Any] | None) -> float | None:
+    def look(
+        self, params: list[list[Any]], grads: list[Any] | None, states: dict[Any, Any]
+    ) -> float | None:
         """Return the sum of squares of the gradients; `None` if anything moved.
 
         The arguments are those of `rerun`, which then takes `None` for `params`.
         """
-        total = self._table.sum_squares(params, grads)
+        total = self._table.sum_squares(params, grads, states)
         return None if total is None else float(total)
 
     def rerun(
         self,
         params: list[list[Any]] | None,
         grads: list[Any] | None,
+        states: dict[Any, Any],
         buckets: list[Bucket],
         grad_scale: float,
         guard: bool,
@@ -134,11 +139,12 @@ class CompiledBackend:
         Args:
             params: The list of parameters of each group; `None` right after `look`.
             grads: Gradients in the same order; `None` reads `.grad`.
+            states: All state of the optimizer.
             buckets: Scalars for `self.buckets`.
             grad_scale: Multiplies every gradient.
             guard: Leave elements untouched whose new state would not be finite.
         """
-        untouched = self._table.step(params, grads, buckets, grad_scale, guard)
+        untouched = self._table.step(params, grads, states, buckets, grad_scale, guard)
         if untouched < 0:
             return None
         self._buckets = [(group, step + 1) for group, step in self._buckets]

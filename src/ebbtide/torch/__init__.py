@@ -8,6 +8,7 @@ from ebbtide.torch.estimate import estimate as estimate
 from ebbtide.torch.explain import explain as explain
 from ebbtide.torch.groups import ParamGroups as ParamGroups
 from ebbtide.torch.groups import param_groups as param_groups
+from ebbtide.torch.in_backward import step_in_backward as step_in_backward
 from ebbtide.torch.optimizers import SGD as SGD
 from ebbtide.torch.optimizers import Adam as Adam
 from ebbtide.torch.optimizers import AdamW as AdamW
@@ -30,4 +31,5 @@ __all__ = [
     "load",
     "param_groups",
     "save",
+    "step_in_backward",
 ]

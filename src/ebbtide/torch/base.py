@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -19,14 +19,17 @@ from ebbtide.torch import ranks
 from ebbtide.torch.checkpoint import load_state_dict
 from ebbtide.torch.rows import Planner
 
-__all__ = ["Optimizer"]
+if TYPE_CHECKING:
+    from ebbtide.torch.in_backward import InBackward
+
+__all__ = ["Optimizer", "new_backend"]
 
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 _pre_hooks = torch_optimizer._global_optimizer_pre_hooks
 _post_hooks = torch_optimizer._global_optimizer_post_hooks
 
 
-def _backend() -> CompiledBackend | PureBackend:
+def new_backend() -> CompiledBackend | PureBackend:
     return CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
 
 
@@ -61,11 +64,12 @@ class Optimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self.last_step_skipped = False
         self.last_grad_norm: float | None = None
-        self._backend = _backend()
+        self._backend = new_backend()
         self._readers: list[GroupReader] = []
         self._stepped: list[torch.Tensor] = []
         self._meshes: list[Any] = []  # of DTensors; every rank of them takes part in a step
         self._warned_no_gradients = False
+        self._in_backward: InBackward | None = None  # set by step_in_backward
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see `torch.optim.Optimizer`."""
@@ -163,6 +167,8 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.last_step_skipped = False
+        if self._in_backward is not None:
+            self._in_backward.finish(self)
         outcome = self._rerun()
         if outcome is None:
             with torch.no_grad():
@@ -181,7 +187,8 @@ class Optimizer(torch.optim.Optimizer):
         params = [group["params"] for group in self.param_groups]
         scale, guard = 1.0, self.nonfinite != "propagate"
         if self._plain:
-            return backend.rerun(params, None, self._buckets(backend.buckets), scale, guard)
+            buckets = self._buckets(backend.buckets)
+            return backend.rerun(params, None, self.state, buckets, scale, guard)
         if self._meshes:
             return None
         if self._scaler_found_inf():
@@ -189,14 +196,14 @@ class Optimizer(torch.optim.Optimizer):
         scale = 1.0 / self._loss_scale()
         buckets = self._buckets(backend.buckets)
         if not self._looks_first:
-            return backend.rerun(params, None, buckets, scale, guard)
-        total = backend.look(params, None)
+            return backend.rerun(params, None, self.state, buckets, scale, guard)
+        total = backend.look(params, None, self.state)
         if total is None:
             return None
         clipped = self._clipped(total, scale)
-        return (
-            self._skip() if clipped is None else backend.rerun(None, None, buckets, clipped, guard)
-        )
+        if clipped is None:
+            return self._skip()
+        return backend.rerun(None, None, self.state, buckets, clipped, guard)
 
     @property
     def _looks_first(self) -> bool:
@@ -255,7 +262,7 @@ class Optimizer(torch.optim.Optimizer):
             return self._backend.sum_squares(plan)
 
         def of_part(part: Plan) -> float:
-            backend = _backend()
+            backend = new_backend()
             backend.load(part)
             return backend.sum_squares(part)
 
@@ -293,7 +300,7 @@ class Optimizer(torch.optim.Optimizer):
         return Outcome([])
 
     def _warn_without_gradients(self) -> None:
-        if self._stepped or self._warned_no_gradients:
+        if self._stepped or self._warned_no_gradients or self._in_backward is not None:
             return
         self._warned_no_gradients = True
         import warnings
