@@ -1,0 +1,147 @@
+"""Two ranks against one process: DDP, FSDP2, distributed checkpoints; gloo on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ebbtide.torch
+from tests import rank_tasks
+from tests.rank_tasks import Numbers
+from tests.two_ranks import TwoRanks
+
+LOW = torch.bfloat16
+KINDS = [
+    ("AdamW", {}),
+    ("AdamW", {"amsgrad": True, "decay_policy": "corrected", "cautious": True}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[TwoRanks]:
+    pool = TwoRanks()
+    yield pool
+    pool.stop()
+
+
+def assert_same(ours: Numbers, expected: Numbers) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name].dtype == value.dtype, name
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS[::2])
+def test_data_parallel_equals_one_process(ranks: TwoRanks, kind: str, options: dict) -> None:
+    expected = rank_tasks.alone(kind, torch.float32, 3, options)
+    for numbers in ranks.run(rank_tasks.data_parallel, kind, 3, options):
+        assert_same(numbers, expected)
+
+
+# bfloat16 is rounded stochastically: the bits depend on an element's place in the whole parameter.
+@pytest.mark.parametrize("dtype", [torch.float32, LOW, torch.float64], ids=str)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_shards_equal_one_process(
+    ranks: TwoRanks, kind: str, options: dict, dtype: torch.dtype
+) -> None:
+    expected = rank_tasks.alone(kind, dtype, 3, options)
+    for numbers in ranks.run(rank_tasks.fully_sharded, kind, dtype, 3, options):
+        assert_same(numbers, expected)
+
+
+def test_shards_by_columns_equal_the_whole(ranks: TwoRanks) -> None:
+    for shards, expected in ranks.run(rank_tasks.columns, torch.float32):
+        assert_same(shards, expected)
+
+
+# Sums of squares are added in another order over shards: the clipped gradients differ by an ulp.
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)], ids=str)
+def test_the_norm_is_that_of_all_ranks(ranks: TwoRanks, shape: tuple[int, ...]) -> None:
+    model = rank_tasks.model_of()
+    optimizer = rank_tasks.optimizer_of("AdamW", model, clip_grad_norm=0.05)
+    rank_tasks.train(model, optimizer, 3)
+    expected = rank_tasks.numbers_of(model, optimizer)
+    for norm, numbers in ranks.run(rank_tasks.clipped, shape):
+        assert norm == pytest.approx(optimizer.last_grad_norm, rel=1e-6)
+        for name, value in expected.items():
+            torch.testing.assert_close(numbers[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_nonfinite_gradient_is_raised_on_every_rank(ranks: TwoRanks) -> None:
+    first, second = ranks.run(rank_tasks.poisoned, "raise")
+    assert "'0.weight' (1 of" in second["message"]
+    assert "another rank" in first["message"]
+    for each in (first, second):
+        changed = each["before"]["0.weight"] != each["after"]["0.weight"]
+        assert not changed[-1, -1]
+        assert changed.sum() == changed.numel() - 1
+
+
+def test_a_step_is_skipped_on_every_rank(ranks: TwoRanks) -> None:
+    for each in ranks.run(rank_tasks.poisoned, "skip"):
+        assert each["message"] == ""
+        assert each["skipped"]
+        assert_same(each["after"], each["before"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_creating_the_state_moves_nothing(ranks: TwoRanks, kind: str, dtype: torch.dtype) -> None:
+    for before, after, keys in ranks.run(rank_tasks.materialised, kind, dtype):
+        assert_same(after, before)
+        if kind == "AdamW":
+            assert keys == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+def test_a_distributed_checkpoint_resumes_on_two_ranks_and_on_one(
+    ranks: TwoRanks, tmp_path: Path, dtype: torch.dtype, flatten: bool
+) -> None:
+    straight, _ = ranks.run(rank_tasks.save_distributed, str(tmp_path), dtype, flatten)
+    for numbers in ranks.run(rank_tasks.resume_distributed, str(tmp_path), dtype, flatten):
+        assert_same(numbers, straight)
+    assert_same(rank_tasks.resume_alone(str(tmp_path), dtype, flatten), straight)
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "full", "broadcast"])
+def test_a_whole_state_is_scattered_over_shards(ranks: TwoRanks, way: str) -> None:
+    model = rank_tasks.model_of()
+    optimizer = rank_tasks.optimizer_of("AdamW", model)
+    rank_tasks.train(model, optimizer, 2)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state, _ = ranks.run(rank_tasks.gathered, 2)
+    if way == "load_state_dict":
+        state = rank_tasks.copied(optimizer.state_dict())
+    rank_tasks.train(model, optimizer, 2, first=2)
+    for numbers in ranks.run(rank_tasks.scattered, weights, state, way):
+        assert_same(numbers, rank_tasks.numbers_of(model, optimizer))
+
+
+def test_a_gathered_state_loads_in_one_process(ranks: TwoRanks) -> None:
+    model = rank_tasks.model_of()
+    optimizer = rank_tasks.optimizer_of("AdamW", model)
+    rank_tasks.train(model, optimizer, 2)
+    before = rank_tasks.numbers_of(model, optimizer)
+    state, _ = ranks.run(rank_tasks.gathered, 2)
+    fresh = ebbtide.torch.AdamW(rank_tasks.groups_of(model), lr=0.5)
+    fresh.load_state_dict(state)
+    assert_same(rank_tasks.numbers_of(model, fresh), before)
+
+
+def test_every_rank_refuses_what_one_refuses(ranks: TwoRanks) -> None:
+    (first, unchanged), (second, unchanged_too) = ranks.run(rank_tasks.refused_on_one)
+    assert unchanged
+    assert unchanged_too
+    assert "another rank" in first
+    assert "negative" in second
+
+
+def test_partial_gradients_are_added_up(ranks: TwoRanks) -> None:
+    for param, expected in ranks.run(rank_tasks.partial_gradient):
+        assert torch.equal(param, expected)
