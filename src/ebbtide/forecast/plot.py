@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "plot_curves"]
 
+# A longer legend would hide the curves.
+_MOST_NAMED = 12
 _STYLES = {"applied": "-", "planned": "--"}
 
 
@@ -53,7 +55,7 @@ def plot_curves(curves: Sequence[Curve], *, title: str = "", now: float | None =
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if now is not None:
             axes.axvline(now, color="0.4", linewidth=0.8)
-    if any(labels):
+    if any(labels) and len(labels) <= _MOST_NAMED:
         every_axes[0].legend(fontsize="small")
     every_axes[-1].set_xlabel("step")
     figure.suptitle(title)
