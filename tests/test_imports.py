@@ -25,6 +25,7 @@ MAY_LOAD = {
     "ebbtide.backends": {"numpy"},
     "ebbtide.cli": {"numpy", "rich", "typer"},
     "ebbtide.cli_science": {"numpy", "rich", "typer"},
+    "ebbtide.cli_sweep": {"rich", "typer"},
     "ebbtide.lab": {"numpy"},
     "ebbtide.numpy": {"numpy"},
     "ebbtide.torch": {"numpy", "torch"},

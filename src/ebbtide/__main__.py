@@ -9,13 +9,14 @@ import sys
 
 __all__ = ["EXTRAS", "VERBS", "main"]
 
-VERBS = ("compare", "doctor", "explain", "convert")
+VERBS = ("compare", "doctor", "explain", "convert", "sweep", "worker", "report")
 
 # Which extra of the distribution brings a package that a verb may miss.
 EXTRAS = {
     "jinja2": "lab",
     "matplotlib": "lab",
     "optuna": "lab",
+    "psycopg": "postgres",
     "rich": "lab",
     "sklearn": "lab",
     "typer": "lab",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ebbtide import cli_science
+from ebbtide import cli_science, cli_sweep
 
 if TYPE_CHECKING:
     from ebbtide.lab.compare import Request
@@ -31,6 +31,7 @@ app = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 cli_science.register(app)
+cli_sweep.register(app)
 
 
 def main() -> None:

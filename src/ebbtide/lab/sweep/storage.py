@@ -1,0 +1,205 @@
+"""Where a sweep is kept: a journal file, a PostgreSQL database, or SQLite for one worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebbtide.lab.errors import InputError
+from ebbtide.lab.sweep.locks import FileLocks, Locks, PostgresLocks
+
+__all__ = ["DEFAULT_STORAGE", "Storage", "open_storage", "storage_folder"]
+
+DEFAULT_STORAGE = "sweeps.journal"
+_JOURNAL_HEAD = b'{"op_code":'
+_SQLITE_WORKER = 2  # the byte that the one worker of a SQLite file holds
+_SQLITE_REASON = (
+    "SQLite has no row locks, and several workers take the same cell from it or crash; keep the "
+    "sweep in a journal file (the default) or in PostgreSQL"
+)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """An open storage.
+
+    Attributes:
+        address: As it may be shown: without a password.
+        optuna: Optuna's storage.
+        folder: The folder that file names are relative to, if there is one.
+        url: SQLAlchemy's address, for a database server.
+        file: The file, for a storage in one.
+    """
+
+    address: str
+    optuna: Any
+    folder: Path | None = None
+    url: Any = None
+    file: Path | None = None
+
+    def locks(self, study: str) -> Locks:
+        """Return the locks of a study."""
+        if self.file is not None:
+            return FileLocks(_beside(self.file))
+        return PostgresLocks(self.url, study)
+
+    def check_workers(self, count: int) -> None:
+        """Refuse more workers than the storage can bear, this process's among them.
+
+        Raises:
+            InputError: It is SQLite, and there would be several.
+        """
+        if self.url is None or self.file is None or count == 0:
+            return
+        if count > 1:
+            raise InputError(_SQLITE_REASON)
+        if not FileLocks(_beside(self.file)).try_hold(_SQLITE_WORKER):
+            raise InputError("another worker is at work on this file. " + _SQLITE_REASON)
+
+
+def storage_folder(text: str) -> Path | None:
+    """Return the folder that a storage lies in, or None where it lies in none.
+
+    Raises:
+        InputError: The address cannot be read.
+    """
+    if "://" not in text:
+        return Path(text).resolve().parent
+    url = _parse_url(text)
+    if url.get_backend_name() != "sqlite":
+        return None
+    if not url.database or url.database == ":memory:":
+        raise InputError(f"{text} names no file")
+    return Path(url.database).resolve().parent
+
+
+def open_storage(text: str, *, create: bool) -> Storage:
+    """Open a storage.
+
+    Args:
+        text: A path of a journal file, or an address `postgresql://…` or `sqlite:///…`.
+        create: Whether a file may be made.
+
+    Raises:
+        InputError: It does not exist, cannot be reached, or is of another kind.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if "://" not in text:
+        return _journal(Path(text), create)
+    url = _parse_url(text)
+    address = url.render_as_string(hide_password=True)
+    file = None
+    if url.get_backend_name() == "sqlite":
+        file = _file(Path(url.database), create)
+    with _storage_errors(address):
+        storage = optuna.storages.get_storage(url.render_as_string(hide_password=False))
+    return Storage(address, storage, storage_folder(text), url, file)
+
+
+def _journal(path: Path, create: bool) -> Storage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = _file(path, create)
+    _check_journal(path)
+    lock = FileLocks(_beside(path))
+    backend = JournalFileBackend(str(path), lock_obj=_JournalLock(path, lock))  # type: ignore[arg-type]
+    try:
+        storage = JournalStorage(backend)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is no journal of sweeps") from None
+    return Storage(str(path), storage, path.resolve().parent, None, path)
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse to append to a file that is something else."""
+    if not path.exists():
+        return
+    with open(path, "rb") as journal:
+        head = journal.read(len(_JOURNAL_HEAD))
+    if not _JOURNAL_HEAD.startswith(head):  # the first line may be half written
+        raise InputError(f"{path} is no journal of sweeps")
+
+
+class _JournalLock:
+    """Optuna's lock on its journal, by a lock that dies with its holder.
+
+    The one that Optuna brings stays behind when its holder is killed, and so may half a line:
+    without its end being cut off, the next line would be lost with it.
+    """
+
+    def __init__(self, path: Path, locks: FileLocks) -> None:
+        self._path = path
+        self._locks = locks
+
+    def acquire(self) -> bool:
+        self._locks.acquire()
+        _cut_half_line(self._path)
+        return True
+
+    def release(self) -> None:
+        self._locks.release()
+
+
+def _cut_half_line(path: Path) -> None:
+    with open(path, "r+b") as journal:
+        end = journal.seek(0, os.SEEK_END)
+        if end == 0:
+            return
+        journal.seek(end - 1)
+        if journal.read(1) == b"\n":
+            return
+        journal.seek(0)
+        journal.truncate(journal.read().rfind(b"\n") + 1)
+
+
+def _file(path: Path, create: bool) -> Path:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    if not path.exists():
+        if not create:
+            raise InputError(f"there is no {path}")
+        if not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent} for {path.name}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written to")
+    return path
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _parse_url(text: str) -> Any:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise InputError(f"the storage {text.partition('://')[0]}://… cannot be read") from None
+    if url.drivername in ("postgres", "postgresql"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("postgresql", "sqlite"):
+        raise InputError(
+            f"the storage {url.drivername}://… is not supported: keep the sweep in a journal file, "
+            "in postgresql://…, or in sqlite:///… with one worker"
+        )
+    return url
+
+
+@contextmanager
+def _storage_errors(address: str) -> Iterator[None]:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise InputError(f"the storage {address} cannot be used: {reason}") from error
