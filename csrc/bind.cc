@@ -109,11 +109,7 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     e.key = key.inc_ref().ptr();
     e.hash = PyObject_Hash(e.key);
     if (e.hash == -1) throw nb::python_error();
-    for (auto [key, value] : watched) {
-      e.keys.push_back(key.inc_ref().ptr());
-      e.values.push_back(value.inc_ref().ptr());
-      e.addresses.push_back(table.address(e, value.ptr()));
-    }
+    for (auto [name, value] : watched) table.watch(e, name.ptr(), value.ptr());
   }
   table.entries.push_back(std::move(e));
 }

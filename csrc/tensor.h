@@ -64,6 +64,14 @@ class TensorReader {
     return nullptr;
   }
 
+  // An object that keeps the tensor's memory alive, whatever is done to the tensor: another tensor
+  // over it. (A NumPy array cannot let go of its memory while it is referenced.)
+  PyObject* hold(PyObject* object) const {
+    PyObject* held = api_ == nullptr ? nullptr : PyObject_CallMethod(object, "detach", nullptr);
+    PyErr_Clear();
+    return held;
+  }
+
   // Reads address and layout; false (with no Python error set) where the object is not a plain
   // tensor in this machine's memory.
   bool read(PyObject* object, void*& data, Layout& layout) const {
