@@ -177,6 +177,8 @@ def test_equal_settings_share_a_group_and_names_stay_apart() -> None:
     assert set(groups_of(infos, weight_decay=0.0).values()) == {"no_decay"}
     by_hand = groups_of(infos, rules={"b.*": {"weight_decay": 0.1}, "a.b*": {"weight_decay": 0}})
     assert by_hand == groups_of(infos)
+    same_lr = groups_of(infos, lr=1.0, rules={"b.*": {"lr": 1.0}})
+    assert same_lr["b.weight"] == same_lr["a.weight"] == "decay"
     clash = groups_of(infos, rules={"b.*": {"weight_decay": 0.5, "name": "decay"}})
     assert clash == {"a.weight": "decay", "a.bias": "no_decay", "b.weight": "decay_2"}
 

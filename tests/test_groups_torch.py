@@ -159,11 +159,20 @@ def test_tied_weights_are_there_once_with_both_names() -> None:
     )
 
 
+def test_a_module_in_two_places_is_there_once_with_both_names() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"encoder": shared, "decoder": shared})
+    groups = param_groups(model, 0.1, rules={"decoder.weight": {"weight_decay": 0.2}})
+    assert names(groups, "decay_0.2") == {"encoder.weight"}
+    assert explain_groups(groups).rows[0].tied == ("decoder.weight",)
+
+
 def test_frozen_parameters_are_shown_and_not_grouped() -> None:
     model = plain()
     model[0].weight.requires_grad_(False)
     groups = param_groups(model, 0.1)
-    assert "0.weight" not in names(groups, "decay")
+    assert {group["name"] for group in groups} == {"decay", "no_decay"}
+    assert "0.weight" not in names(groups, "decay") | names(groups, "no_decay")
     table = explain_groups(groups)
     assert table.frozen == ("0.weight",)
     assert "frozen: 1 tensor, 88 elements" in str(table)
@@ -216,6 +225,12 @@ def test_no_weight_decay_of_a_module_is_honoured_below_it(wrap: Callable[..., nn
     table = explain_groups(param_groups(model, 0.1))
     assert {row.reason for row in table.rows if row.name.endswith("table")} >= {"2-D"}
     assert "no_weight_decay() of Asking" in str(table)
+
+
+def test_what_a_module_asks_holds_for_what_is_wrapped_inside_it() -> None:
+    model = Asking({"inner.weight"})
+    model.inner = checkpoint_wrapper(model.inner)
+    assert "inner.weight" in names(param_groups(model, 0.1), "no_decay")
 
 
 def test_other_ways_to_ask_are_honoured() -> None:
