@@ -132,6 +132,27 @@ std::vector<Bucket> read_buckets(const nb::list& list) {
   return buckets;
 }
 
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (!nb::inst_ready(self)) return 0;
+  int result = 0;
+  for (const Entry& e : nb::inst_ptr<BoundTable>(self)->entries) {
+    Table::each_object(e, [&](PyObject* object) {
+      if (object != nullptr && result == 0) result = visit(object, arg);
+    });
+  }
+  return result;
+}
+
+int clear(PyObject* self) {
+  nb::inst_ptr<BoundTable>(self)->clear();
+  return 0;
+}
+
+PyType_Slot table_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+                             {Py_tp_clear, reinterpret_cast<void*>(clear)},
+                             {0, nullptr}};
+
 int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
   const Busy busy(table.busy);
   const std::vector<Bucket> read = read_buckets(buckets);
@@ -210,7 +231,7 @@ NB_MODULE(_core, m) {
   m.def("thread_runtime", [] { return std::string(Threads::instance().runtime()); });
   m.def("cpu_quota", [] { return Threads::instance().quota(); });
 
-  nb::class_<BoundTable>(m, "Table")
+  nb::class_<BoundTable>(m, "Table", nb::type_slots(table_slots))
       .def(
           "__init__",
           [](BoundTable* self, int32_t rule, nb::handle exchange_api) {

@@ -66,21 +66,35 @@ class Table {
         grad_name_(PyUnicode_InternFromString("grad")),
         local_name_(PyUnicode_InternFromString("_local_tensor")) {}
   ~Table() {
-    release_grads();
-    for (Entry& e : entries) {
-      Py_XDECREF(e.param);
-      Py_XDECREF(e.key);
-      Py_XDECREF(e.state);
-      for (PyObject* held : e.held) Py_DECREF(held);
-      for (PyObject* key : e.keys) Py_DECREF(key);
-      for (PyObject* value : e.values) Py_DECREF(value);
-    }
+    clear();
     Py_DECREF(grad_name_);
     Py_DECREF(local_name_);
   }
   Table(const Table&) = delete;
 
   std::vector<Entry> entries;
+
+  // Drops every reference, here and when the cyclic collector asks: parameters can refer to their
+  // optimizer through hooks.
+  void clear() {
+    std::vector<Entry> dropped;
+    dropped.swap(entries);
+    for (Entry& e : dropped) {
+      each_object(e, [](PyObject* object) { Py_XDECREF(object); });
+    }
+  }
+
+  // Calls visit with every object that the table owns.
+  template <typename Visit>
+  static void each_object(const Entry& e, const Visit& visit) {
+    visit(e.param);
+    visit(e.key);
+    visit(e.state);
+    visit(e.grad);
+    for (const auto* list : {&e.keys, &e.values, &e.held}) {
+      for (PyObject* object : *list) visit(object);
+    }
+  }
 
   // Takes the state of an entry as it is now, and holds its memory.
   void watch(Entry& e, PyObject* key, PyObject* value) {

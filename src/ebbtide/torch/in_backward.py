@@ -80,8 +80,8 @@ class InBackward:
                     "that step_in_backward uses; step after backward instead"
                 )
         self._handles: list[RemovableHandle] = [
-            slot.param.register_post_accumulate_grad_hook(_hook(weakref.ref(self), slot))
-            for slot in self._slots
+            slot.param.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
+            for index, slot in enumerate(self._slots)
         ]
         optimizer._in_backward = self
 
@@ -93,9 +93,9 @@ class InBackward:
         if optimizer is not None:
             optimizer._in_backward = None
 
-    def take(self, slot: _Slot) -> None:
+    def take(self, index: int) -> None:
         """Step one parameter and free its gradient."""
-        optimizer = self._optimizer()
+        optimizer, slot = self._optimizer(), self._slots[index]
         if optimizer is None:
             return
         if slot.stepped:
@@ -168,12 +168,12 @@ class _Slot:
         return [each._replace(group=0) for each in optimizer._buckets([(self.group, step)])]
 
 
-def _hook(owner: weakref.ref[InBackward], slot: _Slot) -> Callable[[torch.Tensor], Any]:
+def _hook(owner: weakref.ref[InBackward], index: int) -> Callable[[torch.Tensor], Any]:
     """Return a hook that does not keep the optimizer alive: the parameter keeps its hooks."""
 
     def take(_: torch.Tensor) -> None:
         arrangement = owner()
         if arrangement is not None:
-            arrangement.take(slot)
+            arrangement.take(index)
 
     return take
