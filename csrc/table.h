@@ -186,7 +186,8 @@ class Table {
     e.untouched = 0;
     e.active = false;
     if (grad == Py_None) return true;
-    if (e.state == nullptr || lookup(states, e) != e.state) return false;
+    if (e.state == nullptr) return false;  // its first gradient
+    if (!e.keys.empty() && lookup(states, e) != e.state) return false;
     for (size_t k = 0; k < e.keys.size(); ++k) {
       if (PyDict_GetItem(e.state, e.keys[k]) != e.values[k]) return false;
       if (addresses && address(e, e.values[k]) != e.addresses[k]) return false;

@@ -5,9 +5,10 @@ Messages keep torch's wording where torch has one, so that a script that matches
 
 from __future__ import annotations
 
-import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from operator import itemgetter
 from typing import Any
 
@@ -31,12 +32,21 @@ _ADAM = ("betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay")
 _SGD = ("momentum", "dampening", "nesterov")
 # What a step depends on.
 _READ = ("lr", "weight_decay", "decay_policy", "base_lr", "cautious", "maximize", "seed")
-_READ_ADAM = ("betas", "eps", "bias_correction")
+_READ_ADAM = ("betas", "eps", "bias_correction", "amsgrad")
+_SWITCHES = (
+    "maximize", "foreach", "differentiable", "fused", "amsgrad", "capturable", "nesterov",
+    "cautious", "bias_correction", "decoupled_weight_decay",
+)  # fmt: skip
+# What may be a tensor; betas may hold two.
+_NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "base_lr")
 # Written by schedulers, or kept beside the groups.
 _FOREIGN = (
     "params", "param_names", "name", "names", "initial_lr", "initial_weight_decay",
     "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "state_format", "master_format",
 )  # fmt: skip
+
+# Other libraries' words.
+_SYNONYMS = {"learning_rate": "lr", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
 
 
 def known_keys(rule: Rule) -> tuple[str, ...]:
@@ -82,19 +92,34 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
             f"lr={lr:g} and weight_decay={weight_decay:g} would remove {share:g} of the parameter "
             f"in one step under decay_policy={policy!r}; the share must be below 1{where}"
         )
+    _check_flags(group, where)
     _check_spelling(rule, group, where)
 
 
 def numbers(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the group with one-element tensors as numbers; the group itself if it has none."""
-    found = {key: value.item() for key, value in group.items() if _is_tensor(value)}
-    if any(_is_tensor(beta) for beta in group.get("betas", ())):
-        found["betas"] = tuple(float(beta) for beta in group["betas"])
+    """Return the group with one-element tensors as numbers; the group itself if it has none.
+
+    Raises:
+        ValueError: A hyperparameter is a tensor of several elements.
+    """
+    found = {key: _item(key, group[key]) for key in _NUMBERS if _is_tensor(group.get(key))}
+    betas = group.get("betas")
+    if isinstance(betas, tuple | list) and any(_is_tensor(beta) for beta in betas):
+        found["betas"] = tuple(
+            _item(f"betas[{i}]", beta) if _is_tensor(beta) else beta for i, beta in enumerate(betas)
+        )
     return {**group, **found} if found else group
 
 
 def _is_tensor(value: Any) -> bool:
     return hasattr(value, "item") and getattr(value, "size", None) is not None
+
+
+def _item(key: str, value: Any) -> Any:
+    try:
+        return (value.detach() if hasattr(value, "detach") else value).item()
+    except (RuntimeError, ValueError):
+        raise ValueError(f"Tensor {key} must be 1-element") from None
 
 
 class GroupReader:
@@ -104,15 +129,31 @@ class GroupReader:
         rule: The update rule.
         where: Put behind each message, such as `" (param group 1)"`.
         decays: Whether the group's weight decay reaches these parameters.
+        watch: Further keys that decide how the group is stepped.
+        restructured: Called when one of those, or which state there is, has changed.
     """
 
-    def __init__(self, rule: Rule, where: str = "", *, decays: bool = True) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        where: str = "",
+        *,
+        decays: bool = True,
+        watch: tuple[str, ...] = (),
+        restructured: Callable[[], None] | None = None,
+    ) -> None:
         self._rule = rule
         self._where = where
         self._decays = decays
-        self._values = itemgetter(*_READ, *(_READ_ADAM if rule.name == "adam" else _SGD))
+        self._watch = watch
+        self._restructured = restructured
+        own = _READ_ADAM if rule.name == "adam" else _SGD
+        self._values = itemgetter(*_READ, *own, *watch)
         self._seen: tuple[Any, ...] | None = None
+        self._checked: tuple[Any, ...] | None = None
+        self._structure: tuple[Any, ...] | None = None
         self._prepared: Callable[[int], Scalars] | None = None
+        self._warned = False
 
     def read(self, group: Mapping[str, Any]) -> Callable[[int], Scalars]:
         """Return the function from step count to scalars (`Rule.prepare`).
@@ -121,10 +162,9 @@ class GroupReader:
             TypeError, ValueError: As `validate_group`.
         """
         values = (len(group), *self._values(group))
-        if self._prepared is not None and self._seen == values:
+        if self._prepared is not None and _same(self._seen, values):
             return self._prepared
-        checked = numbers(group)
-        validate_group(self._rule, checked, self._where)
+        checked = self._check(group, values)
         policy, weight_decay = checked["decay_policy"], float(checked["weight_decay"])
         if not self._decays:
             weight_decay = 0.0
@@ -136,15 +176,53 @@ class GroupReader:
         self._seen = values if checked is group else None
         return self._prepared
 
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Check the group if it has changed, without reading tensors that were checked before."""
+        values = (len(group), *self._values(group))
+        if not _same(self._checked, values):
+            self._check(group, values)
+
+    def _check(self, group: Mapping[str, Any], values: tuple[Any, ...]) -> Mapping[str, Any]:
+        checked = numbers(group)
+        if _same(self._checked, values):
+            return checked
+        validate_group(self._rule, checked, self._where)
+        structure = (self._rule.state_keys(checked), *[group[key] for key in self._watch])
+        if self._structure not in (None, structure) and self._restructured is not None:
+            self._restructured()
+        self._structure, self._checked = structure, values
+        self._warn_of_peak(checked)
+        return checked
+
+    def _warn_of_peak(self, group: Mapping[str, Any]) -> None:
+        """Warn once where OneCycleLR's peak is not what the decay is relative to."""
+        peak = group.get("max_lr")
+        needs = group["decay_policy"] in ("independent", "corrected")
+        if needs and not self._warned and isinstance(peak, float) and peak != group["base_lr"]:
+            self._warned = True
+            warnings.warn(
+                f"decay_policy={group['decay_policy']!r} is relative to base_lr="
+                f"{group['base_lr']:g}, but a schedule's max_lr is {peak:g}{self._where}; if that "
+                "is the peak, pass base_lr=max_lr to the optimizer",
+                stacklevel=2,
+            )
+
+
+def _same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
+    try:
+        return old == new
+    except (RuntimeError, ValueError):  # a tensor of several elements has no truth
+        return False
+
 
 def _number(group: Mapping[str, Any], key: str, what: str, where: str) -> float:
     value = group[key]
-    if isinstance(value, str | bool) or not isinstance(value, int | float):
+    if isinstance(value, str | bool) or not isinstance(value, Real):
         hint = f"; write {key}=float({value!r})" if isinstance(value, str) else ""
         raise TypeError(
             f"Invalid {what}: {value!r} is a {type(value).__name__}, not a number{hint}{where}"
         )
-    if not 0.0 <= value < math.inf:  # NaN compares false
+    if not 0.0 <= float(value) < math.inf:  # NaN compares false
         raise ValueError(f"Invalid {what}: {value}{where}")
     return float(value)
 
@@ -153,22 +231,36 @@ def _check_betas(betas: Any, where: str) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}{where}")
     for index, beta in enumerate(betas):
-        if isinstance(beta, str | bool) or not isinstance(beta, int | float):
+        if isinstance(beta, str | bool) or not isinstance(beta, Real):
             raise TypeError(
                 f"Invalid beta parameter at index {index}: {beta!r} is a "
                 f"{type(beta).__name__}, not a number{where}"
             )
-        if not 0.0 <= beta < 1.0:
+        if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}{where}")
 
 
 def _check_momentum(group: Mapping[str, Any], where: str) -> None:
     momentum = _number(group, "momentum", "momentum value", where)
     dampening = group["dampening"]
-    if isinstance(dampening, str | bool) or not math.isfinite(dampening):
-        raise ValueError(f"Invalid dampening value: {dampening!r}{where}")
+    if isinstance(dampening, str | bool) or not isinstance(dampening, Real):
+        raise TypeError(
+            f"Invalid dampening value: {dampening!r} is a {type(dampening).__name__}, not a "
+            f"number{where}"
+        )
+    if not math.isfinite(dampening):
+        raise ValueError(f"Invalid dampening value: {dampening}{where}")
     if group["nesterov"] and (momentum <= 0 or dampening != 0):
         raise ValueError(f"Nesterov momentum requires a momentum and zero dampening{where}")
+
+
+def _check_flags(group: Mapping[str, Any], where: str) -> None:
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 53:
+        raise ValueError(f"Invalid seed: {seed!r}; an integer from 0 to 2⁵³ - 1{where}")
+    for key in _SWITCHES:
+        if isinstance(group.get(key), str):  # "false" would be true
+            raise TypeError(f"Invalid {key}: {group[key]!r} is a str, not a bool{where}")
 
 
 def _check_spelling(rule: Rule, group: Mapping[str, Any], where: str) -> None:
@@ -176,6 +268,29 @@ def _check_spelling(rule: Rule, group: Mapping[str, Any], where: str) -> None:
     for key in group:
         if key in known or not isinstance(key, str):
             continue
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        if close:
-            raise ValueError(f"unknown group key {key!r}: did you mean {close[0]!r}?{where}")
+        meant = _SYNONYMS.get(key.lower()) or next((k for k in known if _nearly(key, k)), None)
+        if meant in known:
+            raise ValueError(f"unknown group key {key!r}: did you mean {meant!r}?{where}")
+
+
+def _nearly(key: str, known: str) -> bool:
+    """Whether a key differs from a known one by case, separators or as little as a typo does."""
+    key, known = (word.lower().replace("-", "_").replace(" ", "_") for word in (key, known))
+    if key.replace("_", "") == known.replace("_", ""):
+        return True
+    allowed = 0 if len(known) < 3 else 1 if len(known) < 6 else 2
+    return abs(len(key) - len(known)) <= allowed and _distance(key, known) <= allowed
+
+
+def _distance(a: str, b: str) -> int:
+    """Count insertions, deletions, replacements and swaps of neighbours that turn a into b."""
+    above: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        before, above, row = above, row, [i]
+        for j, right in enumerate(b, 1):
+            cost = min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right))
+            if i > 1 and j > 1 and left == b[j - 2] and a[i - 2] == right:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -162,6 +162,10 @@ class Backend(Protocol):
 
     name: str
 
+    def load(self, plan: Plan) -> list[tuple[int, int]]:
+        """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
+        ...
+
     def run(self, plan: Plan, buckets: list[Bucket], *, grad_scale: float, guard: bool) -> Outcome:
         """Take one step of every row.
 
@@ -188,11 +192,13 @@ def clip_scale(sum_squares: float, max_norm: float | None) -> float:
 
         scale ← min(1, max_norm / (√sum_squares + 10⁻⁶))
 
-    The same scale as `torch.nn.utils.clip_grad_norm_`; 1 where nothing is clipped.
+    The same scale as `torch.nn.utils.clip_grad_norm_`, which is 0 where the norm is infinite and
+    NaN where it is NaN; 1 where nothing is clipped.
     """
     if max_norm is None:
         return 1.0
-    return min(1.0, max_norm / (math.sqrt(sum_squares) + 1e-6))
+    scale = max_norm / (math.sqrt(sum_squares) + 1e-6) if sum_squares >= 0 else math.nan
+    return 1.0 if scale > 1.0 else scale  # NaN stays
 
 
 def nonfinite_message(rows: Iterable[tuple[str, int, int]], step: int) -> str:

@@ -52,12 +52,17 @@ class TensorRow:
     capturable: bool = False
     salt: int = 0
 
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether the step count must not be read."""
+        return self.capturable or ("step" in self.state and not self.state["step"].is_cpu)
+
     def next_step(self) -> Any:
-        """Return the 1-based count of the step about to be taken; a tensor if capturable."""
+        """Return the 1-based count of the step about to be taken; a tensor if on the device."""
         if "step" not in self.state:
             return self.count + 1
         step = self.state["step"]
-        return step + 1 if self.capturable else int(step) + 1
+        return step + 1 if self.counts_on_device else int(step) + 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def _step(rule: Rule, row: TensorRow, s: Scalars, verdict: Verdict, guard: bool)
     stored = [row.param, *(row.state[key] for key in row.keys)]
     # A clone, since autograd may need the old parameter, which is about to be overwritten.
     old = [_working(_plain(each.clone() if row.differentiable else each)) for each in stored]
-    grad = _working(_plain(row.grad)) * (s.grad_scale * verdict.scale)
+    grad = _working(_plain(row.grad)) * _on(s.grad_scale * verdict.scale, row.grad)
     new, witness = (_adam if rule.name == "adam" else _sgd)(old, grad, s)
     spoilt = None
     if guard:
@@ -239,7 +244,7 @@ def _decayed(param: Tensor, update: Tensor, s: Scalars) -> Tensor:
 def _step_sparse(row: TensorRow, s: Scalars, verdict: Verdict) -> Tensor:
     """Step plain SGD where the gradient has elements; decoupled decay reaches every element."""
     grad = row.grad.coalesce()
-    values = grad.values() * (s.grad_scale * verdict.scale)
+    values = grad.values() * _on(s.grad_scale * verdict.scale, row.grad)
     finite = torch.isfinite(values)
     if _nonzero(s.decay):
         row.param.mul_(1 - s.decay)
@@ -316,6 +321,10 @@ def _rounded(x: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
         up = torch.where(x.abs() < 2.0**-14, small, up)
     up = torch.where(torch.isfinite(x), up.clamp(max=limit), x.abs())
     return torch.copysign(up, x).to(dtype)
+
+
+def _on(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like.device) if isinstance(value, Tensor) else value
 
 
 def _plain(tensor: Tensor) -> Tensor:

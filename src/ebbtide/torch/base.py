@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import optimizer as torch_optimizer
 
+from ebbtide.backends import torch_ops
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
+from ebbtide.backends.torch_ops import TensorRow, Verdict
 from ebbtide.hyperparameters import NONFINITE_POLICIES, OURS, GroupReader, numbers, validate_group
-from ebbtide.plan import Bucket, Outcome, Plan, clip_scale, nonfinite_message
-from ebbtide.rules import Rule
+from ebbtide.plan import Bucket, Outcome, nonfinite_message
+from ebbtide.rules import Rule, Scalars
 from ebbtide.torch import ranks
 from ebbtide.torch.checkpoint import load_state_dict
+from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
+from ebbtide.torch.judgement import judge, judge_plan, looks_first
 from ebbtide.torch.rows import Planner
+from ebbtide.torch.tensors import check_group
+from ebbtide.torch.validation import (
+    check_dtypes,
+    check_model,
+    completed,
+    listed,
+    name_duplicates,
+    names_of,
+    warn_of_lost_decay,
+)
 
 if TYPE_CHECKING:
     from ebbtide.torch.in_backward import InBackward
@@ -25,19 +37,32 @@ if TYPE_CHECKING:
 __all__ = ["Optimizer", "new_backend"]
 
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-_pre_hooks = torch_optimizer._global_optimizer_pre_hooks
-_post_hooks = torch_optimizer._global_optimizer_post_hooks
+_WATCHED = ("foreach", "differentiable", "fused")
 
 
 def new_backend() -> CompiledBackend | PureBackend:
+    """Return the backend of a new optimizer: the compiled core, or the reference without it."""
     return CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What AdamW, Adam and SGD share."""
+    """What AdamW, Adam and SGD share.
+
+    Attributes:
+        last_step_skipped: Whether the last call of `step` left everything as it was, by
+            `nonfinite="skip"` or because a GradScaler found a non-finite gradient and the step
+            unscales itself (`fused=True`; otherwise the scaler does not call `step` at all).
+        skipped_steps: How many steps were.
+        last_grad_norm: Global norm of the gradients before clipping, where one was asked for by
+            `clip_grad_norm` or `nonfinite="skip"`. Where elements are not finite and
+            `nonfinite="raise"`, that of the others, by which those are clipped.
+
+    With `capturable=True` the three may be tensors on the device, so that no step waits for it.
+    """
 
     _rule: Rule
     _default_policy: str
+    _step_supports_amp_scaling: bool
     # What survives pickling and copying beside torch's defaults, state and param_groups.
     _options = ("nonfinite", "clip_grad_norm", "skipped_steps")
 
@@ -57,13 +82,13 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
         self.nonfinite = nonfinite
         self.clip_grad_norm = clip_grad_norm
-        self.skipped_steps = 0
+        self.skipped_steps: int | torch.Tensor = 0
         self._reset()
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
 
     def _reset(self) -> None:
-        self.last_step_skipped = False
-        self.last_grad_norm: float | None = None
+        self.last_step_skipped: bool | torch.Tensor = False
+        self.last_grad_norm: float | torch.Tensor | None = None
         self._backend = new_backend()
         self._readers: list[GroupReader] = []
         self._stepped: list[torch.Tensor] = []
@@ -74,41 +99,24 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see `torch.optim.Optimizer`."""
         if isinstance(param_group, dict):
-            param_group = self._completed(param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+            param_group = completed(param_group, self.defaults, self._rule)
         try:
-            _check_dtypes(group)
-            validate_group(
-                self._rule, numbers(group), f" (param group {len(self.param_groups) - 1})"
-            )
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "more than one parameter group" not in str(error):
+                raise
+            names = name_duplicates(self.param_groups, param_group)
+            raise ValueError(f"{error}: {names}") from None
+        index = len(self.param_groups) - 1
+        try:
+            check_dtypes(param_group, index)
+            checked = numbers(param_group)
+            validate_group(self._rule, checked, f" (param group {index})")
+            warn_of_lost_decay({**checked, "params": param_group["params"]}, index)
         except Exception:
             self.param_groups.pop()
             raise
         self._backend.forget()
-
-    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Fill in the keys that are derived from others: policy, base_lr."""
-        group = dict(group)
-        decoupled = group.get("decoupled_weight_decay")
-        policy = group.get("decay_policy")
-        if policy is None:
-            default = self.defaults["decay_policy"]
-            policy = default if decoupled is None else ("decoupled" if decoupled else "l2")
-        elif decoupled is not None and decoupled != (policy != "l2"):
-            raise ValueError(
-                f"decoupled_weight_decay={decoupled} contradicts decay_policy={policy!r}; "
-                "pass one of them"
-            )
-        group["decay_policy"] = policy
-        if self._rule.name == "adam":
-            group["decoupled_weight_decay"] = policy != "l2"
-        if group.get("base_lr") is None:
-            base_lr = self.defaults.get("base_lr")
-            group["base_lr"] = (
-                float(group.get("lr", self.defaults["lr"])) if base_lr is None else base_lr
-            )
-        return group
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -122,44 +130,16 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             FloatingPointError: With `nonfinite="raise"`: elements with a non-finite gradient were
                 left untouched, the rest of the step is complete.
+            RuntimeError, TypeError, ValueError: A parameter, its gradient, its state or a
+                hyperparameter cannot be stepped with; it is named, and nothing has been written.
         """
-        if self._is_bare():
+        # A subclass that overrides `step` is wrapped by torch, which calls the hooks there.
+        if type(self).step is not Optimizer.step or nobody_listens(self):
             return self._step(closure)
-        return self._step_with_hooks(closure)
+        return call_with_hooks(self, self._step, closure)
 
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_bare(self) -> bool:
-        """Whether torch's wrapper around `step` (hooks, profiler range) has nothing to do.
-
-        torch wraps `step` of every class at a cost of some microseconds; ours is marked as wrapped
-        and does the same only where somebody listens. A subclass that overrides `step` is wrapped by torch.
-        """
-        return type(self).step is not Optimizer.step or not (
-            _pre_hooks
-            or _post_hooks
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-
-    def _step_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        arguments: tuple[Any, ...] = (self, *args)
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            for pre_hook in chain(_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
-                result = pre_hook(self, arguments, kwargs)  # type: ignore[arg-type]
-                if result is not None:
-                    if not isinstance(result, tuple) or len(result) != 2:
-                        raise RuntimeError(
-                            f"{pre_hook} must return None or a tuple of (new_args, new_kwargs), "
-                            f"but got {result}."
-                        )
-                    arguments, kwargs = result  # type: ignore[assignment]
-            loss = self._step(*arguments[1:], **kwargs)
-            self._optimizer_step_code()
-            for post_hook in chain(self._optimizer_step_post_hooks.values(), _post_hooks.values()):
-                post_hook(self, arguments, kwargs)  # type: ignore[arg-type]
-        return loss
+    keep_out_of_graphs(step)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -171,9 +151,9 @@ class Optimizer(torch.optim.Optimizer):
             self._in_backward.finish(self)
         outcome = self._rerun()
         if outcome is None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
                 outcome = self._plan_and_run()
-        if self._stepped and not self.last_step_skipped:
+        if self._stepped and self.last_step_skipped is False:
             torch._C._increment_version(self._stepped)
         if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
             self._raise_nonfinite(outcome)
@@ -184,129 +164,148 @@ class Optimizer(torch.optim.Optimizer):
         backend = self._backend
         if not backend.buckets:
             return None
+        buckets = self._buckets(backend.buckets)
+        if not backend.buckets:  # a group has changed so much that the plan was forgotten
+            return None
         params = [group["params"] for group in self.param_groups]
-        scale, guard = 1.0, self.nonfinite != "propagate"
         if self._plain:
-            buckets = self._buckets(backend.buckets)
-            return backend.rerun(params, None, self.state, buckets, scale, guard)
+            return backend.rerun(params, None, self.state, buckets, 1.0, self._guards)
         if self._meshes:
             return None
-        if self._scaler_found_inf():
-            return self._skip()
-        scale = 1.0 / self._loss_scale()
-        buckets = self._buckets(backend.buckets)
-        if not self._looks_first:
-            return backend.rerun(params, None, self.state, buckets, scale, guard)
-        total = backend.look(params, None, self.state)
-        if total is None:
+        verdict = judge(self, lambda: backend.look(params, None, self.state))
+        if verdict is None:
             return None
-        clipped = self._clipped(total, scale)
-        if clipped is None:
-            return self._skip()
-        return backend.rerun(None, None, self.state, buckets, clipped, guard)
-
-    @property
-    def _looks_first(self) -> bool:
-        """Whether a step must have seen all gradients before it begins."""
-        return self.clip_grad_norm is not None or self.nonfinite == "skip"
+        if not verdict.apply:
+            return self._skip(verdict)
+        self._note(verdict)
+        looked = verdict.norm is not None
+        scale = float(verdict.scale)
+        return backend.rerun(
+            None if looked else params, None, self.state, buckets, scale, self._guards
+        )
 
     @property
     def _plain(self) -> bool:
         """Whether a step needs nothing but the gradients."""
-        return not self._looks_first and not hasattr(self, "found_inf")
+        return not looks_first(self) and not hasattr(self, "found_inf")
 
-    def _clipped(self, total: float, scale: float) -> float | None:
-        """Return what to multiply the gradients by, given their sum of squares; `None` to skip."""
-        total *= scale * scale
-        self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
-        if math.isfinite(total):
-            return scale * clip_scale(total, self.clip_grad_norm)
-        return None if self.nonfinite == "skip" else scale
+    @property
+    def _guards(self) -> bool:
+        """Whether non-finite elements are left untouched; under a GradScaler, it decides."""
+        return self.nonfinite != "propagate" and not hasattr(self, "found_inf")
 
     def _plan_and_run(self) -> Outcome:
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
-        if self._scaler_found_inf():
-            return self._skip()
         planner = Planner(self._rule, self.state)
-        seen: set[torch.Tensor] = set()
         for index, group in enumerate(self.param_groups):
+            self._reader(index).check(group)
+            check_group(group)
             for name, param in zip(self._names(index), group["params"], strict=True):
-                if param in seen:
-                    planner.plan.entries.append((param, index, None, None))
-                    planner.plan.cacheable = False
-                    continue
-                seen.add(param)
                 planner.add(param, name, index, group)
+        planner.plan.check_overlap()
+        self._check_capture(planner.tensors)
+        verdict = judge_plan(self, planner, new_backend)
+        if verdict.apply is False:
+            return self._skip(verdict)
+        return self._run(planner, verdict)
+
+    def _run(self, planner: Planner, verdict: Verdict) -> Outcome:
+        """Take the step of a new plan: the first write."""
+        planner.commit()
         plan = planner.plan
-        plan.check_overlap()
-        buckets = self._buckets(self._backend.load(plan))
-        scale = 1.0 / self._loss_scale()
-        if self._looks_first:
-            clipped = self._clipped(self._sum_squares(plan), scale)
-            if clipped is None:
-                self._backend.forget()  # the plan's new state was never taken over
-                return self._skip()
-            scale = clipped
-        for param, state in planner.created:
-            self.state[param] = state
-        guard = self.nonfinite != "propagate"
-        outcome = self._backend.run(plan, buckets, grad_scale=scale, guard=guard)
+        keys = self._backend.load(plan)
+        hosted = [row for row in planner.tensors if not self._reads_on_device(row)]
+        wanted = dict.fromkeys([*keys, *((row.group, row.next_step()) for row in hosted)])
+        buckets = self._buckets(list(wanted))
+        outcome = Outcome([])
+        if keys:
+            outcome = self._backend.run(
+                plan, buckets, grad_scale=float(verdict.scale), guard=self._guards
+            )
         for target, copy in planner.staged:
             target.copy_(copy)
+        if planner.tensors:
+            scalars = dict(zip(wanted, (bucket.scalars for bucket in buckets), strict=True))
+            outcome.untouched.extend(self._run_tensors(planner.tensors, scalars, verdict))
+        self._note(verdict)
         self._stepped = [plan.entries[i][0] for i, _, _ in plan.rows()]
-        self._warn_without_gradients()
+        self._warn_without_gradients(planner)
         return outcome
 
-    def _sum_squares(self, plan: Plan) -> float:
-        if not self._meshes:
-            return self._backend.sum_squares(plan)
+    def _run_tensors(
+        self, rows: list[TensorRow], scalars: Mapping[tuple[int, int], Scalars], verdict: Verdict
+    ) -> list[tuple[int, int]]:
+        def scalars_of(row: TensorRow) -> Scalars:
+            step = row.next_step()
+            if self._reads_on_device(row):
+                group = self.param_groups[row.group]
+                return torch_ops.tensor_scalars(self._rule, group, step)
+            return scalars[row.group, step]
 
-        def of_part(part: Plan) -> float:
-            backend = new_backend()
-            backend.load(part)
-            return backend.sum_squares(part)
+        counted = not any(row.capturable for row in rows)
+        return torch_ops.run(
+            self._rule, rows, scalars_of, verdict, guard=self._guards, counted=counted
+        )
 
-        return ranks.sum_squares(plan, of_part)
+    def _reads_on_device(self, row: TensorRow) -> bool:
+        """Whether a row's scalars are computed from tensors, without reading those."""
+        group = self.param_groups[row.group]
+        values = (group["lr"], group["weight_decay"], *group.get("betas", ()))
+        return row.counts_on_device or any(
+            isinstance(value, torch.Tensor) and (value.requires_grad or not value.is_cpu)
+            for value in values
+        )
+
+    def _note(self, verdict: Verdict) -> None:
+        """Keep what a verdict says, for the user to read."""
+        if verdict.norm is not None:
+            self.last_grad_norm = verdict.norm
+        if isinstance(verdict.apply, torch.Tensor):
+            self.last_step_skipped = ~verdict.apply
+            if not isinstance(self.skipped_steps, torch.Tensor):
+                self.skipped_steps = torch.tensor(self.skipped_steps, device=verdict.apply.device)
+            self.skipped_steps += self.last_step_skipped
+        elif not verdict.apply:
+            self.last_step_skipped = True
+            self.skipped_steps += 1
+
+    def _check_capture(self, rows: list[TensorRow]) -> None:
+        if self._rule.name == "adam" and any(not row.param.is_cpu for row in rows):
+            self._accelerator_graph_capture_health_check()
 
     def _buckets(self, keys: Sequence[tuple[int, int]]) -> list[Bucket]:
         groups = self.param_groups
-        while len(self._readers) < len(groups):
-            where = f" (param group {len(self._readers)})"
-            self._readers.append(GroupReader(self._rule, where))
         return [
-            Bucket(index, self._readers[index].read(groups[index])(step), groups[index])
+            Bucket(index, self._reader(index).read(groups[index])(step), groups[index])
             for index, step in keys
         ]
 
+    def _reader(self, index: int) -> GroupReader:
+        readers = self._readers
+        while len(readers) <= index:
+            watched = (*_WATCHED, "capturable") if self._rule.name == "adam" else _WATCHED
+            where = f" (param group {len(readers)})"
+            readers.append(GroupReader(self._rule, where, watch=watched, restructured=self._forget))
+        return readers[index]
+
+    def _forget(self) -> None:
+        self._backend.forget()
+
     def _names(self, index: int) -> Iterable[str]:
-        group = self.param_groups[index]
-        if "param_names" in group:
-            return [str(name) for name in group["param_names"]]
-        return [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+        return names_of(self.param_groups[index], index)
 
-    def _loss_scale(self) -> float:
-        scale = getattr(self, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
-
-    def _scaler_found_inf(self) -> bool:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return False
-        return ranks.any_rank(bool(found_inf != 0), self._meshes)
-
-    def _skip(self) -> Outcome:
-        self.last_step_skipped = True
-        self.skipped_steps += 1
+    def _skip(self, verdict: Verdict) -> Outcome:
+        self._note(verdict)
         return Outcome([])
 
-    def _warn_without_gradients(self) -> None:
-        if self._stepped or self._warned_no_gradients or self._in_backward is not None:
+    def _warn_without_gradients(self, planner: Planner) -> None:
+        if self._stepped or planner.tensors or self._warned_no_gradients:
+            return
+        if self._in_backward is not None:
             return
         self._warned_no_gradients = True
-        import warnings
-
         warnings.warn(
-            "step() saw no gradients: nothing was updated. Was backward() called?", stacklevel=5
+            "step() saw no gradients: nothing was updated. Was backward() called?", stacklevel=6
         )
 
     def _raise_nonfinite(self, outcome: Outcome) -> None:
@@ -320,6 +319,36 @@ class Optimizer(torch.optim.Optimizer):
         rows = [(flat[i][0], count, flat[i][1].numel()) for i, count in outcome.untouched]
         step = self.state[flat[outcome.untouched[0][0]][1]].get("step", 0)
         raise FloatingPointError(nonfinite_message(rows, int(step)))
+
+    def check(
+        self,
+        model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Compare the parameters of this optimizer with those of a model.
+
+        Args:
+            model: The model, or its named parameters.
+            partial: Whether other optimizers step the rest of the model.
+
+        Raises:
+            ValueError: The optimizer holds parameters that the model no longer has, such as those
+                replaced by `load_state_dict(assign=True)`, or lacks trainable ones that the model
+                has; they are named.
+
+        Example:
+            >>> import torch
+            >>> from ebbtide.torch import SGD
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = SGD([("weight", model.weight)])
+            >>> try:
+            ...     optimizer.check(model)
+            ... except ValueError as error:
+            ...     print(error)
+            in the model but not in the optimizer: bias
+        """
+        check_model(self.param_groups, model, partial=partial)
 
     def load_state_dict(
         self,
@@ -358,6 +387,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for key, value in (("nonfinite", "raise"), ("clip_grad_norm", None), ("skipped_steps", 0)):
             self.__dict__.setdefault(key, value)
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
         self._reset()
         for group in self.param_groups:
             policy = group.get("decay_policy")
@@ -375,10 +406,3 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state.get(param)
             if state and "step" in state and not torch.is_tensor(state["step"]):
                 state["step"] = torch.tensor(float(state["step"]))
-
-
-def _check_dtypes(group: dict[str, Any]) -> None:
-    names = group.get("param_names", range(len(group["params"])))
-    for name, param in zip(names, group["params"], strict=True):
-        if not (param.is_floating_point() or param.is_complex()):
-            raise TypeError(f"parameter {name!r} has dtype {param.dtype}: it cannot be optimized")

@@ -153,10 +153,14 @@ class _Slot:
                 group = optimizer.param_groups[self.group]
                 planner.add(self.param, self.name, 0, group)
                 planner.plan.check_overlap()
+                if planner.tensors:
+                    raise RuntimeError(
+                        f"parameter {self.name!r} is not one for the CPU kernels: it cannot be "
+                        "stepped inside backward; step after backward instead"
+                    )
+                planner.commit()
                 (_, step), *_ = backend.load(planner.plan)
                 buckets = self._buckets(optimizer, step)
-                for param, state in planner.created:
-                    optimizer.state[param] = state
                 outcome = backend.run(planner.plan, buckets, grad_scale=1.0, guard=guard)
                 for target, copy in planner.staged:
                     target.copy_(copy)

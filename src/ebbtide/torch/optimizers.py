@@ -51,14 +51,14 @@ class Adam(Optimizer):
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
     ) -> None:
-        _check_tensors(lr, betas, foreach=foreach, capturable=capturable)
+        betas = _checked_betas(lr, betas, foreach=foreach, capturable=capturable)
         if decay_policy is None:
             decay_policy = "decoupled" if decoupled_weight_decay else self._default_policy
         elif decoupled_weight_decay and decay_policy == "l2":
             raise ValueError("decoupled_weight_decay=True contradicts decay_policy='l2'")
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -102,8 +102,8 @@ class AdamW(Adam):
             lr at construction. With OneCycleLR pass its `max_lr`.
         bias_correction: Divide the moments by 1 - βᵗ.
         seed: Of stochastic rounding for 16-bit parameters, at least 0.
-        nonfinite: `"raise"` leaves elements with a non-finite gradient untouched and raises after the
-            step; `"skip"` drops the whole step; `"propagate"` is torch's behaviour.
+        nonfinite: `"raise"` leaves elements with a non-finite gradient untouched and raises after
+            the step; `"skip"` drops the whole step; `"propagate"` is torch's behaviour.
         clip_grad_norm: Clip the global norm of all gradients to this; gradients are not written.
 
     Raises:
@@ -172,8 +172,8 @@ class AdamW(Adam):
 class SGD(Optimizer):
     """Stochastic gradient descent; with `decay_policy="decoupled"` it is SGDW.
 
-    Arguments up to `fused` are those of `torch.optim.SGD`, the others those of `AdamW`. The formula is
-    `ebbtide.reference.sgd`.
+    Arguments up to `fused` are those of `torch.optim.SGD`, the others those of `AdamW`. The
+    formula is `ebbtide.reference.sgd`.
     """
 
     _rule = SGD_RULE
@@ -221,12 +221,13 @@ class SGD(Optimizer):
         _check_flags(self, fused=fused, foreach=foreach, differentiable=differentiable)
 
 
-def _check_tensors(
-    lr: Number, betas: tuple[Number, Number], *, foreach: bool | None, capturable: bool
-) -> None:
-    """Refuse what torch refuses of tensor hyperparameters, in its words."""
-    named = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
-    for name, value in named.items():
+def _checked_betas(
+    lr: Number, betas: Any, *, foreach: bool | None, capturable: bool
+) -> tuple[Number, Number]:
+    """Refuse what torch refuses of tensor hyperparameters, in its words; return 0-dim betas."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if not isinstance(value, torch.Tensor):
             continue
         if foreach and not capturable:
@@ -237,15 +238,16 @@ def _check_tensors(
             raise ValueError(f"Tensor {name} must be 1-element")
     if isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
+    beta1, beta2 = (b.squeeze() if isinstance(b, torch.Tensor) else b for b in betas)
+    return beta1, beta2
 
 
 def _check_flags(
     optimizer: Optimizer, *, fused: bool | None, foreach: bool | None, differentiable: bool
 ) -> None:
-    if not fused:
-        return
-    if differentiable:
+    if fused and differentiable:
         raise RuntimeError("`fused` does not support `differentiable`")
-    if foreach:
+    if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    optimizer._step_supports_amp_scaling = True
+    if fused:
+        optimizer._step_supports_amp_scaling = True

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ebbtide.plan import BLOCK, Field, Format, Plan, Row, extents_of, layout_of, salt_of
+from ebbtide.backends.torch_ops import TensorRow
+from ebbtide.memory import layout_of
+from ebbtide.plan import BLOCK, Plan, Row, salt_of
 from ebbtide.rules import Rule
 from ebbtide.torch.ranks import distributed, local_grad, local_of, shard_offset, sharded_like
+from ebbtide.torch.tensors import (
+    FORMATS,
+    LOW_PRECISION,
+    check,
+    extents,
+    field_of,
+    kernel_takes,
+    region_of,
+)
 
-__all__ = ["Planner", "local_of"]
+__all__ = ["FORMATS", "Planner"]
 
-FORMATS = {
-    torch.float32: Format.FLOAT32,
-    torch.float64: Format.FLOAT64,
-    torch.bfloat16: Format.BFLOAT16,
-    torch.float16: Format.FLOAT16,
-    torch.complex64: Format.FLOAT32,
-    torch.complex128: Format.FLOAT64,
-}
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+State = dict[str, Any]
+_DOUBLE = (torch.float64, torch.complex128)
 
 
 @dataclass
 class Planner:
-    """Builds the plan of one step.
+    """Builds the plan of one step. Writes nothing until `commit`.
 
     Attributes:
         rule: The update rule.
-        state: The optimizer's state; entries are created only by `commit`.
+        state: The optimizer's state.
+        plan: What the kernels step.
+        tensors: What torch operations step: whatever the kernels do not take.
         staged: (tensor, copy) pairs to write back after the step.
     """
 
     rule: Rule
-    state: Mapping[torch.Tensor, dict[str, Any]]
+    state: MutableMapping[torch.Tensor, State]
     plan: Plan = field(init=False)
+    tensors: list[TensorRow] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    created: list[tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=list)
+    # By parameter: its state dict, and what will be put into it.
+    _changes: dict[torch.Tensor, tuple[State, State]] = field(default_factory=dict)
+    _counters: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.plan = Plan(self.rule)
@@ -48,73 +57,138 @@ class Planner:
         """Add one parameter, with its row if it has a gradient.
 
         Raises:
-            RuntimeError, TypeError, ValueError: The parameter or its gradient cannot be stepped;
-                it is named, and nothing has been written.
+            AssertionError, RuntimeError, TypeError, ValueError: The parameter, its gradient or its
+                state cannot be stepped; it is named.
         """
         grad = param.grad
-        if grad is None:
+        if grad is None or param in self._changes:  # one that is listed twice is stepped once
+            self.plan.cacheable &= grad is None
             self.plan.entries.append((param, index, None, None))
             return
-        _check(name, param, grad)
-        state = self._state_of(param, group)
-        row = self._row(param, grad, name, state, group)
-        self.plan.cacheable &= not row.keep
-        self.plan.entries.append((param, index, row, state))
-
-    def _state_of(self, param: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        state = self.state.get(param)
+        check(name, param, grad, group, rule=self.rule.name)
         keys = self.rule.state_keys(group)
-        if state and all(state.get(key) is not None for key in keys):
-            return state
-        fresh: dict[str, Any] = dict(state or {})
-        if self._counts(param) and "step" not in fresh:
-            fresh["step"] = torch.tensor(0.0, dtype=_step_dtype(group))
+        if grad.is_sparse and (keys or not _is_plain(group)):
+            grad = grad.to_dense()
+        kernels = _is_for_kernels(param, grad, group)
+        state = self.state.get(param, {})
+        changes = self._missing(param, state, keys, name, group)
+        count = 0 if any(key in changes for key in keys) else 1
+        self._fit(param, {**state, **changes}, changes, name, keys, kernels=kernels)
+        self._changes[param] = (state, changes)
+        merged = {**state, **changes}
+        for tensor in (param, *(merged[key] for key in keys)):
+            self.plan.regions.append(region_of(name, local_of(tensor)))
+        if kernels:
+            row = self._row(param, grad, name, keys, merged, count)
+            self.plan.cacheable &= not row.keep
+            self.plan.entries.append((param, index, row, state))
+        else:
+            self._add_tensors(param, grad, name, keys, index, group, merged, state, count)
+
+    def commit(self) -> None:
+        """Put new and converted state where the optimizer keeps it."""
+        for param, (state, changes) in self._changes.items():
+            state.update(changes)
+            if state:
+                self.state[param] = state
+
+    def _missing(
+        self,
+        param: torch.Tensor,
+        state: State,
+        keys: tuple[str, ...],
+        name: str,
+        group: Mapping[str, Any],
+    ) -> State:
+        """Create the state that the parameter lacks, in torch's order of keys."""
+        missing: State = {}
+        had = [key for key in keys if state.get(key) is not None]
+        if self.rule.name == "adam" and state and len(had) < 2:
+            raise RuntimeError(
+                f"the state of parameter {name!r} holds {sorted(state)}: not that of Adam; clear it"
+            )
+        if "step" not in state and (self.rule.counts_steps or param.dtype in LOW_PRECISION):
+            device = param.device if _steps_on_device(group) else torch.device("cpu")
+            # A momentum buffer without a count comes from an optimizer that keeps none.
+            missing["step"] = torch.tensor(
+                float(bool(had)), dtype=_step_dtype(group), device=device
+            )
         # bfloat16 for 16-bit parameters: torch's bytes, and the range that squares need.
-        dtype = torch.bfloat16 if param.dtype in _LOW_PRECISION else param.dtype
+        dtype = torch.bfloat16 if param.dtype in LOW_PRECISION else param.dtype
         for key in keys:
-            if fresh.get(key) is None:
-                fresh[key] = torch.zeros_like(
+            if key not in had:
+                missing[key] = torch.zeros_like(
                     param.detach(), dtype=dtype, memory_format=torch.preserve_format
                 )
-        self.created.append((param, fresh))
-        return fresh
+        return missing
 
-    def _counts(self, param: torch.Tensor) -> bool:
-        return self.rule.counts_steps or param.dtype in _LOW_PRECISION
+    def _fit(
+        self,
+        param: torch.Tensor,
+        state: State,
+        changes: State,
+        name: str,
+        keys: tuple[str, ...],
+        *,
+        kernels: bool,
+    ) -> None:
+        """Convert what lies elsewhere or otherwise than a step needs; note it in `changes`."""
+        for key in keys:
+            value = state[key]
+            if value.shape != param.shape or value.is_complex() != param.is_complex():
+                raise RuntimeError(
+                    f"state {key!r} of parameter {name!r} is {value.dtype} of shape "
+                    f"{tuple(value.shape)}, the parameter {param.dtype} of {tuple(param.shape)}"
+                )
+            fitted = _fitted(value, param, kernels=kernels)
+            if fitted is not value:
+                changes[key] = fitted
+        if "step" in state:
+            step = state["step"]
+            fitted = _fitted_step(step, kernels=kernels)
+            if fitted.data_ptr() in self._counters:  # one counter for several parameters
+                fitted = fitted.clone()
+            self._counters.add(fitted.data_ptr())
+            if fitted is not step:
+                changes["step"] = fitted
 
     def _row(
         self,
         param: torch.Tensor,
         grad: torch.Tensor,
         name: str,
-        state: dict[str, Any],
-        group: Mapping[str, Any],
+        keys: tuple[str, ...],
+        state: State,
+        count: int,
     ) -> Row:
-        keys = self.rule.state_keys(group)
         mine, theirs = local_of(param.detach()), local_grad(name, param, grad)
         # Partial sums that were added up are a copy: the table must not look at them again.
         keep: list[object] = [] if theirs is local_of(grad) else [theirs]
-        if layout_of(mine.shape, mine.stride()) != "dense":
+        if _is_staged(mine):
             target, mine = mine, mine.clone(memory_format=torch.contiguous_format)
+            mine = mine.resolve_conj().resolve_neg()
             self.staged.append((target, mine))
             keep.append(mine)
-        for key in keys:
-            if local_of(state[key]).stride() != mine.stride():
-                state[key] = sharded_like(_relaid(state[key], mine), param)
-        if theirs.is_conj() or theirs.is_neg() or _extents(theirs) != _extents(mine):
-            theirs = torch.empty_like(mine, dtype=theirs.dtype).copy_(theirs)
+        dtype = mine.dtype if torch.float64 in (mine.dtype, theirs.dtype) else theirs.dtype
+        if (
+            theirs.is_conj()
+            or theirs.is_neg()
+            or theirs.dtype != dtype
+            or extents(theirs) != extents(mine)
+        ):
+            theirs = torch.empty_like(mine, dtype=dtype).copy_(theirs)
             keep.append(theirs)
         step = state.get("step")
-        low = param.dtype in _LOW_PRECISION
+        low = param.dtype in LOW_PRECISION
         offset = shard_offset(param) if low else 0
         numel = mine.numel() * (2 if mine.is_complex() else 1)
         return Row(
             name=name,
             numel=numel,
-            param=_field(mine),
-            grad=_field(theirs),
-            state=tuple(_field(local_of(state[key])) for key in keys),
-            extents=_extents(mine),
+            param=field_of(mine),
+            grad=field_of(theirs),
+            state=tuple(field_of(local_of(state[key])) for key in keys),
+            extents=extents(mine),
             stochastic=low,
             run_length=numel,
             lead=offset % BLOCK,
@@ -122,45 +196,98 @@ class Planner:
             salt=salt_of(name),
             step_address=0 if step is None else step.data_ptr(),
             step_is_double=step is not None and step.dtype == torch.float64,
-            count=0 if self.created and self.created[-1][0] is param else 1,
+            count=count,
             local=distributed(param),
             keep=tuple(keep),
         )
 
+    def _add_tensors(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        name: str,
+        keys: tuple[str, ...],
+        index: int,
+        group: Mapping[str, Any],
+        merged: State,
+        state: State,
+        count: int,
+    ) -> None:
+        differentiable = bool(group.get("differentiable")) and torch.is_grad_enabled()
+        if differentiable and "step" in merged and merged["step"].requires_grad:
+            raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+        self.tensors.append(
+            TensorRow(
+                entry=len(self.plan.entries),
+                group=index,
+                name=name,
+                param=local_of(param),
+                grad=local_grad(name, param, grad),
+                state=state,
+                keys=keys,
+                count=count,
+                differentiable=differentiable,
+                capturable=bool(group.get("capturable")),
+                salt=salt_of(name),
+            )
+        )
+        self.plan.cacheable = False
+        self.plan.entries.append((param, index, None, None))
 
-def _check(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
-    if grad.is_sparse:
-        raise RuntimeError(
-            f"parameter {name!r} has a sparse gradient: Adam does not support sparse gradients, "
-            "please consider SparseAdam instead"
-        )
-    if param.is_meta:
-        raise RuntimeError(f"parameter {name!r} is on the meta device: materialise it first")
-    local = local_of(param)
-    if layout_of(local.shape, local.stride()) == "overlapping":
-        raise RuntimeError(
-            f"elements of parameter {name!r} share memory (stride {tuple(local.stride())}): a "
-            "step would update them more than once; clone it first"
-        )
+
+def _is_for_kernels(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) -> bool:
+    return (
+        not group.get("differentiable")
+        and kernel_takes(local_of(param))
+        and kernel_takes(local_of(grad))
+    )
+
+
+def _is_plain(group: Mapping[str, Any]) -> bool:
+    """Whether a sparse gradient stays sparse: nothing but θ ← θ·(1 - decay) - lr·g."""
+    l2 = group["decay_policy"] == "l2" and group["weight_decay"] != 0
+    return not (l2 or group["cautious"] or group["differentiable"])
+
+
+def _is_staged(tensor: torch.Tensor) -> bool:
+    """Whether the kernels get a copy: memory with gaps, or that reads otherwise than it lies."""
+    return (
+        tensor.is_conj() or tensor.is_neg() or layout_of(tensor.shape, tensor.stride()) != "dense"
+    )
+
+
+def _fitted(value: torch.Tensor, param: torch.Tensor, *, kernels: bool) -> torch.Tensor:
+    """Return a state array where a step can use it; the array itself where it can already."""
+    if value.device != param.device:
+        value = value.to(param.device)
+    if not kernels:
+        return value
+    mine, local = local_of(param.detach()), local_of(value)
+    if _is_staged(mine):
+        mine = torch.empty(mine.shape, dtype=mine.dtype, device="meta")
+    dtype = local.dtype
+    if dtype != mine.dtype and (dtype in _DOUBLE or mine.dtype in _DOUBLE):
+        dtype = mine.dtype
+    if local.dtype == dtype and extents(local) == extents(mine):
+        return value
+    laid = torch.empty_like(mine, dtype=dtype, device=local.device).copy_(local)
+    return sharded_like(laid, param)
+
+
+def _fitted_step(step: Any, *, kernels: bool) -> torch.Tensor:
+    if not isinstance(step, torch.Tensor):
+        return torch.tensor(float(step))
+    counter: torch.Tensor = step
+    if counter.dtype not in (torch.float32, torch.float64):
+        counter = counter.to(torch.float32)
+    return counter.cpu() if kernels else counter
+
+
+def _steps_on_device(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))
 
 
 def _step_dtype(group: Mapping[str, Any]) -> torch.dtype:
     if group.get("fused") or torch.get_default_dtype() != torch.float64:
         return torch.float32
     return torch.float64
-
-
-def _relaid(state: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the state in the layout of the parameter, as a step on flat memory needs it."""
-    local = local_of(state)
-    return torch.empty_like(like, dtype=local.dtype).copy_(local)
-
-
-def _extents(tensor: torch.Tensor) -> tuple[int, ...]:
-    if tensor.is_complex():
-        return (*extents_of(tensor.shape, [2 * stride for stride in tensor.stride()]), 2, 1)
-    return extents_of(tensor.shape, tensor.stride())
-
-
-def _field(tensor: torch.Tensor) -> Field:
-    return Field(tensor.data_ptr(), 0, FORMATS[tensor.dtype])

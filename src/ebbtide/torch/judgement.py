@@ -1,0 +1,124 @@
+"""What of the gradients is applied: skipping, unscaling, clipping, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebbtide.backends import torch_ops
+from ebbtide.backends.torch_ops import Verdict
+from ebbtide.plan import Backend, Plan, clip_scale
+from ebbtide.torch import ranks
+from ebbtide.torch.rows import Planner
+from ebbtide.torch.tensors import grad_of
+
+if TYPE_CHECKING:
+    from ebbtide.torch.base import Optimizer
+
+__all__ = ["judge", "judge_plan", "looks_first"]
+
+
+def looks_first(optimizer: Optimizer) -> bool:
+    """Tell whether a step must have seen all gradients before it begins."""
+    return optimizer.clip_grad_norm is not None or optimizer.nonfinite == "skip"
+
+
+def judge(optimizer: Optimizer, look: Callable[[], float | None]) -> Verdict | None:
+    """Decide what of the gradients is applied; `None` if only a new plan can tell.
+
+    Args:
+        optimizer: Its options decide, and what a GradScaler left in `found_inf` and `grad_scale`.
+        look: Returns the sum of squares of all gradients, `None` if the plan is stale.
+    """
+    if _scaler_found_inf(optimizer):
+        return Verdict(apply=False)
+    scale = 1.0 / _loss_scale(optimizer)
+    if not looks_first(optimizer):
+        return Verdict(scale)
+    total = look()
+    if total is None or (not math.isfinite(total) and optimizer.nonfinite == "raise"):
+        return None
+    return _clipped(optimizer, total, scale)
+
+
+def judge_plan(
+    optimizer: Optimizer, planner: Planner, new_backend: Callable[[], Backend]
+) -> Verdict:
+    """Decide what of the gradients of a new plan is applied.
+
+    Args:
+        optimizer: As in `judge`.
+        planner: Holds the plan; nothing of it has been committed.
+        new_backend: Makes a backend that knows nothing of the state, which is not there yet.
+    """
+    rows = planner.tensors
+    if rows and all(row.capturable for row in rows) and not any(planner.plan.rows()):
+        return _judge_on_device(optimizer, [row.grad for row in rows])
+    verdict = judge(optimizer, lambda: _sum_squares(optimizer, planner, new_backend))
+    if verdict is None:  # some elements are not finite: clip the others by their own norm
+        total = _sum_squares(optimizer, planner, None)
+        verdict = _clipped(optimizer, total, 1.0 / _loss_scale(optimizer))
+    return verdict
+
+
+def _clipped(optimizer: Optimizer, total: float, scale: float) -> Verdict:
+    total *= scale * scale
+    norm = math.sqrt(total) if total >= 0 else math.nan
+    if optimizer.nonfinite == "skip" and not math.isfinite(total):
+        return Verdict(apply=False, norm=norm)
+    return Verdict(scale * clip_scale(total, optimizer.clip_grad_norm), norm=norm)
+
+
+def _judge_on_device(optimizer: Optimizer, grads: list[torch.Tensor]) -> Verdict:
+    """Decide without waiting for the device."""
+    grad_scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
+    scale: Any = 1.0 if grad_scale is None else 1.0 / grad_scale
+    apply: Any = True if found_inf is None else found_inf == 0
+    if not looks_first(optimizer):
+        return Verdict(scale, apply)
+    total = torch_ops.sum_squares(grads, finite_only=optimizer.nonfinite == "raise")
+    norm = total.sqrt() * scale
+    if optimizer.nonfinite == "skip":
+        apply = torch.isfinite(norm) & apply
+    if optimizer.clip_grad_norm is not None:
+        scale = scale * (optimizer.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return Verdict(scale, apply, norm)
+
+
+def _sum_squares(
+    optimizer: Optimizer, planner: Planner, new_backend: Callable[[], Backend] | None
+) -> float:
+    """Return the sum of squares of the gradients over all ranks; of the finite ones if `None`."""
+    tensors = {id(planner.plan.entries[row.entry][0]): row.grad for row in planner.tensors}
+
+    def of_part(part: Plan) -> float:
+        grads = [tensors[id(param)] for param, *_ in part.entries if id(param) in tensors]
+        total = 0.0
+        if new_backend is None:
+            grads += [grad_of(row) for _, _, row in part.rows() if row.numel]
+        else:
+            backend = new_backend()
+            backend.load(part)
+            total = backend.sum_squares(part)
+        if grads:
+            total += float(torch_ops.sum_squares(grads, finite_only=new_backend is None))
+        return total
+
+    if not optimizer._meshes:
+        return of_part(planner.plan)
+    return ranks.sum_squares(planner.plan, of_part)
+
+
+def _loss_scale(optimizer: Optimizer) -> float:
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def _scaler_found_inf(optimizer: Optimizer) -> bool:
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None:
+        return False
+    return ranks.any_rank(bool(found_inf != 0), optimizer._meshes)
