@@ -17,7 +17,7 @@ from ebbtide import cli_science, cli_sweep
 if TYPE_CHECKING:
     from ebbtide.lab.compare import Request
 
-__all__ = ["app", "main"]
+__all__ = ["app", "compare", "doctor", "main"]
 
 app = typer.Typer(
     name="ebbtide",

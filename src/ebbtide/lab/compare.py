@@ -27,7 +27,15 @@ from ebbtide.lab.report import Picture, Report, Section, Table, picture_files, r
 from ebbtide.lab.statistics import Interval, paired_difference
 from ebbtide.lab.tasks import Metric, load_task
 
-__all__ = ["COMMAND", "Request", "result_rows", "write_report"]
+__all__ = [
+    "COMMAND",
+    "Request",
+    "decay_sentence",
+    "loss_sentence",
+    "metric_sentence",
+    "result_rows",
+    "write_report",
+]
 
 COMMAND = "compare"
 # A factor of about √10 apart, in round numbers.
