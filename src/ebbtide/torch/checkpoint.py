@@ -105,19 +105,28 @@ def _prepared(
     state = _loaded_state(optimizer, loading)
     if _anywhere(loading.refused(strict=strict), groups):
         raise loading.refusal()
-    report = loading.report(lost=_lost(optimizer, loading, state_dict))
+    report = loading.report(lost=_lost(optimizer, loading))
     if report:
         warnings.warn(report, stacklevel=4)
     return state, loading.groups
 
 
-def _lost(optimizer: Optimizer, loading: Loading, state_dict: Mapping[str, Any]) -> bool:
-    """Whether a file without moments replaces some, or comes from a run that had some."""
+def _lost(optimizer: Optimizer, loading: Loading) -> bool:
+    """Whether a file without moments replaces some, or comes from a run that had some.
+
+    A file that changes nothing says nothing either: trainers load an optimizer's own state into it
+    before the first step.
+    """
     groups = optimizer.param_groups
     if any(loading.states.values()) or not any(optimizer._rule.state_keys(g) for g in groups):
         return False
     live = any(isinstance(each, Mapping) and each for each in optimizer.state.values())
-    return live or state_dict["param_groups"] != _packed(groups)
+    return live or _settings(groups) != _settings(loading.groups)
+
+
+def _settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    apart = ("params", "param_names")
+    return [{key: value for key, value in g.items() if key not in apart} for g in groups]
 
 
 def _anywhere(refused: bool, groups: Iterable[Mapping[str, Any]]) -> bool:
@@ -263,13 +272,3 @@ def problem_of(key: str, value: torch.Tensor) -> str:
     if math.isinf(low) or math.isinf(high):
         return "infinity"
     return f"the negative value {low:g}" if key in _SECOND_MOMENTS and low < 0 else ""
-
-
-def _packed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return our groups as `state_dict` would, to see whether a file says the same."""
-    packed, start = [], 0
-    for group in groups:
-        ids = list(range(start, start + len(group["params"])))
-        packed.append({**group, "params": ids})
-        start += len(ids)
-    return packed
