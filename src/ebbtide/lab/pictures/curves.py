@@ -53,7 +53,7 @@ def draw_curves(panels: Sequence[CurvePanel], *, x_label: str = "step") -> Draw:
 
     def draw(theme: Theme, narrow: bool) -> Any:
         count = len(panels)
-        size = (4.3, 3.0 * count + 0.6) if narrow else (5.4 * count, 3.9)
+        size = (4.3, 3.0 * count + 0.6) if narrow else (max(8.6, 5.4 * count), 3.9)
         figure = new_figure(theme, *size)
         shape = (count, 1) if narrow else (1, count)
         labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))

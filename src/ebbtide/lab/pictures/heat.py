@@ -157,7 +157,8 @@ def _draw_panel(
             ink = colors.ink_on(rgba[row, column]) if shown else theme.ink
             axes.text(column, row, said, color=ink, fontsize=8).set(ha="center", va="center")
     if panel.band is not None:
-        _frame_band(axes, panel.band, theme)
+        for row, column in np.argwhere(panel.band):
+            _frame(axes, row, column, colors.ink_on(rgba[row, column]))
     if panel.best is not None:
         _mark_best(axes, panel.best, theme)
     style_axes(axes, theme, grid=False)
@@ -180,13 +181,11 @@ def _mark_best(axes: Any, best: tuple[int, int], theme: Theme) -> None:
         axes.add_patch(frame)
 
 
-def _frame_band(axes: Any, band: NDArray[np.bool_], theme: Theme) -> None:
+def _frame(axes: Any, row: int, column: int, color: str) -> None:
     from matplotlib.patches import Rectangle
 
-    for row, column in np.argwhere(band):
-        corner = (column - 0.42, row - 0.42)
-        frame = Rectangle(corner, 0.84, 0.84, fill=False, edgecolor=theme.ink, linewidth=0.9)
-        axes.add_patch(frame)
+    corner = (column - 0.42, row - 0.42)
+    axes.add_patch(Rectangle(corner, 0.84, 0.84, fill=False, edgecolor=color, linewidth=0.9))
 
 
 def draw_scale(

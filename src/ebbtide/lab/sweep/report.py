@@ -14,7 +14,7 @@ from ebbtide.lab.sweep.drawings import MARKS, best_curves, dots, maps, profiles
 from ebbtide.lab.sweep.export import csv_files, json_bytes
 from ebbtide.lab.sweep.outcome import FAULTS, Outcome
 from ebbtide.lab.sweep.results import Cell, Results
-from ebbtide.lab.sweep.words import Said, across, said, widest
+from ebbtide.lab.sweep.words import Said, across, said, widest, winner
 from ebbtide.lab.sweep.workers import cell_words
 
 __all__ = ["COMMAND", "parse_rise", "summary_rows", "to_json", "write_report"]
@@ -151,6 +151,8 @@ def _findings(items: Sequence[Said]) -> list[tuple[str, str]]:
         sentences = [item.best_sentence()]
         if item.arm.best is not None:
             sentences += [item.width_sentence(), item.coupling_sentence()]
+        if item.edges:
+            sentences.append(item.edge_sentence())
         findings.append((item.arm.label, " ".join(sentences)))
     return findings
 
@@ -159,29 +161,33 @@ def _map_section(results: Results, items: Sequence[Said]) -> Section:
     axis = AXES[results.definition.axis]
     notes = [note for item in items for note in item.edge_notes()]
     table = Table(_COLUMNS, [_row(item) for item in items], "The best of each optimizer")
-    caption = across(items) if len(items) > 1 else items[0].best_sentence()
     return Section(
         title=f"Learning rate by {axis}",
         text=_legend(results),
         notes=notes,
         tables=[table],
-        pictures=[Picture("map", maps(results, items), caption)],
+        pictures=[Picture("map", maps(results, items), winner(items))],
     )
 
 
 def _legend(results: Results) -> str:
-    mean = "Means over the seeds; " if len(results.definition.seeds) > 1 else ""
+    several = len(results.definition.seeds) > 1
+    mean = "Means over the seeds. " if several else ""
+    band = "Thin frames cannot be told from it by the noise. " if several else ""
     if results.definition.sampler != "grid":
-        return (
-            f"{mean}a red ring is the best, thin rings cannot be told from it, crosses diverged "
-            "under at least one seed."
-        )
-    letters = [f"{letter} {_OUTCOME_WORDS[name]}" for name, letter in MARKS.items()
-               if results.count(name)]  # fmt: skip
-    return (
-        f"{mean}a red frame is the best, thin frames cannot be told from it, hatched cells "
-        "diverged under at least one seed, empty ones have not been run"
-        f"{''.join(f', {letter}' for letter in letters)}."
+        rings = band.replace("frames", "rings")
+        crosses = "Crosses diverged." if results.count(Outcome.DIVERGED) else ""
+        return f"{mean}The red ring is the best. {rings}{crosses}"
+    signs = []
+    if results.count(Outcome.DIVERGED):
+        signs.append("hatched: diverged" + (" under at least one seed" if several else ""))
+    signs += [f"{letter}: {_OUTCOME_WORDS[name]}" for name, letter in MARKS.items()
+              if results.count(name)]  # fmt: skip
+    if results.missing:
+        signs.append("empty: not run yet")
+    legend = "; ".join(signs)
+    return f"{mean}The red frame is the best. {band}{legend[:1].upper()}{legend[1:]}" + (
+        "." if legend else ""
     )
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ebbtide.lab.conclusions import advantages, join
-from ebbtide.lab.grid import format_value
+from ebbtide.lab.grid import format_value, parse_grid
 from ebbtide.lab.statistics import paired_difference
 from ebbtide.lab.sweep.analysis import Coupling, Noise, Side, Width, coupling, edges, noise, width
 from ebbtide.lab.sweep.axes import AXES
 from ebbtide.lab.sweep.results import ArmResults, Results
 
-__all__ = ["Said", "across", "extended", "said", "widest"]
+__all__ = ["Said", "across", "extended", "said", "widest", "winner"]
 
 _NEARLY_SEPARABLE = 0.3
 
@@ -110,7 +107,7 @@ class Said:
                 "that needs a valley in both directions and three values of each in it."
             )
         number = self.coupling.number
-        span = f"coupling {number.mean:.2f}, {number.low:.2f} to {number.high:.2f}"
+        span = f"coupling {number.mean:z.2f}, {number.low:z.2f} to {number.high:z.2f}"
         if max(abs(number.low), abs(number.high)) < _NEARLY_SEPARABLE:
             return f"{self.arm.label}'s lr and {axis} can be tuned separately ({span})."
         if not number.excludes_zero:
@@ -136,6 +133,12 @@ class Said:
                 "takes over the finished cells."
             )
         return notes
+
+    def edge_sentence(self) -> str:
+        """Say on which edges the best point lies."""
+        axis = AXES[self.results.definition.axis]
+        ends = join([f"{end} {'lr' if name == 'lr' else axis}" for name, end in self.edges])
+        return f"The best lies at the {ends} of the sweep: a wider one may find a better."
 
     def _extension(self, axis: str, end: str) -> str:
         definition = self.results.definition
@@ -197,6 +200,16 @@ def across(items: Sequence[Said]) -> str:
     ).replace("  ", " ")
 
 
+def winner(items: Sequence[Said]) -> str:
+    """Say which cell is the best of all."""
+    known = [item for item in items if item.arm.best is not None]
+    if not known:
+        return "No cell has come to a result."
+    best = max(known, key=lambda item: item.best_value * (1 if item.arm.maximize else -1))
+    value = f"{best.results.metric} {best.number(best.best_value)}"
+    return f"The best cell is {best.arm.label}'s at {best.place}: {value}."
+
+
 def widest(items: Sequence[Said]) -> str:
     """Say which optimizer leaves the lr the most room, and which the least."""
     known = [item for item in items if item.width is not None]
@@ -212,21 +225,27 @@ def extended(points: Sequence[float], end: str, *, sampled: bool) -> str:
 
     Example:
         >>> extended((0.001, 0.01, 0.1), "largest", sampled=False)
-        '0.001..10:5'
+        '0.001..0.1:3,1,10'
     """
     positive = sorted(point for point in points if point > 0)
     low, high = positive[0], positive[-1]
-    step = (high / low) ** (1 / (len(positive) - 1)) if len(positive) > 1 else 10.0
     if sampled:
-        step = 10.0
+        low, high = (low, 10 * high) if end == "largest" else (low / 10, high)
+        return f"{low:.3g}..{high:.3g}"
+    step = (high / low) ** (1 / (len(positive) - 1)) if len(positive) > 1 else 10.0
     more = [high * step, high * step**2] if end == "largest" else [low / step**2, low / step]
-    new = sorted({*positive, *(float(f"{point:.6g}") for point in more)})
-    ratios = [after / before for before, after in itertools.pairwise(new)]
-    if sampled or math.isclose(min(ratios), max(ratios), rel_tol=1e-4):
-        text = f"{new[0]:.12g}..{new[-1]:.12g}" + ("" if sampled else f":{len(new)}")
-    else:
-        text = ",".join(f"{point:.12g}" for point in new)
-    return f"0,{text}" if 0 in points else text
+    new = [f"{point:.3g}" for point in more]
+    old = [_compact(positive)]
+    parts = old + new if end == "largest" else new + old
+    return ",".join(["0", *parts] if 0 in points else parts)
+
+
+def _compact(points: Sequence[float]) -> str:
+    """Return text that gives exactly these points again."""
+    text = f"{points[0]!r}..{points[-1]!r}:{len(points)}"
+    if len(points) > 2 and parse_grid(text, name="") == tuple(points):
+        return text
+    return ",".join(map(repr, points))
 
 
 def _room(width: Width | None) -> float:
@@ -249,14 +268,7 @@ def _side_words(side: Side, direction: str) -> str:
 
 
 def _decimals(results: Results) -> int:
-    """Return how many digits after the point tell the better half of the points apart."""
-    values = [arm.mean[np.isfinite(arm.mean)] for arm in results.arms]
-    values = [np.sort(-mean if arm.maximize else mean)[: max(2, len(mean) // 2)]
-              for arm, mean in zip(results.arms, values, strict=True)]  # fmt: skip
-    together = np.concatenate(values) if values else np.zeros(0)
-    spread = float(np.ptp(together)) if together.size else 0.0
-    if spread <= 0:
-        spread = float(np.abs(together).max()) if together.size else 1.0
-    if spread <= 0:
-        return 2
-    return min(8, max(0, 2 - math.floor(math.log10(spread))))
+    """Return how many digits after the point show a hundredth of the best results."""
+    best = [abs(float(arm.mean[arm.best])) for arm in results.arms if arm.best is not None]
+    size = min((value for value in best if value > 0), default=1.0)
+    return min(8, max(0, 2 - math.floor(math.log10(size))))
