@@ -129,6 +129,13 @@ def test_embeddings_are_told_from_linear_maps(
     assert is_embedding(info(name, *shape, owner=owner)) is expected
 
 
+def test_a_mixin_says_nothing_of_the_parameters() -> None:
+    for mixin in ("a.EmbeddingAccessMixin", "a.EmbeddingMixin", "a.LayerNormMixin"):
+        matrix = ParamInfo("weight", (4, 8), owners=(("a.Model", mixin),))
+        assert not is_embedding(matrix)
+        assert standard_rule(matrix) == (True, "2-D")
+
+
 def test_tied_to_a_head_an_embedding_stays_an_embedding() -> None:
     owners = (LINEAR, ("torch.nn.modules.sparse.Embedding",))
     tied = ParamInfo("head.weight", (50, 8), ("wte.weight",), owners=owners)

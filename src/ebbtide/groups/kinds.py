@@ -37,7 +37,9 @@ _TORCH = {
 _LINEAR_CLASS = re.compile(r"(?:[Ll]inear|[Cc]onv(?:olution)?|Dense|Projection)(?:\d[dD])?$")
 # "Norm" ends a word: LayerNormalization and RMSNormGated, but not NormalizedLinear.
 _NORM_CLASS = re.compile(r"(?:NORM|[Nn]orm)(?:alization)?(?![a-z])")
-_EMBEDDING_CLASS = re.compile(r"(?<!Patch)[Ee]mbed(?:ding|dings)?(?![a-z])|Position(?:al)?Encoding")
+_EMBEDDING_CLASS = re.compile(
+    r"(?:(?<!Patch)[Ee]mbed(?:ding|dings)?|Position(?:al)?Encoding)(?:Bag|Layer|Table|\d[dD])?$"
+)
 
 _NORM_WORD = re.compile(r"(?:layer|batch|group|instance|rms|sub|pre|post)?norm\d*|[lbg]n\d*|rms")
 _LINEAR_WORD = re.compile(r"conv|proj|linear|dense|fc|pointwise|depthwise")
@@ -127,6 +129,8 @@ def _kind_of_class(bases: tuple[str, ...], leaf: str) -> _Kind | None:
                 return kind
     for base in bases:
         name = base.rpartition(".")[2]
+        if name.endswith("Mixin"):
+            continue
         if _LINEAR_CLASS.search(name):
             return _Kind.LINEAR
         # A block that is only named after its norm holds weights under other names.
