@@ -15,7 +15,7 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Lay a state dict out flat: arrays by "NAME/KEY", the groups as JSON under "param_groups".
 
     Works on the state dicts of both faces and of `torch.optim`. The arrays are those of the state
-    dict, not copies.
+    dict, not copies, except where they do not lie row by row.
 
     Args:
         state_dict: From `Optimizer.state_dict`.
@@ -41,7 +41,11 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for index, values in state_dict["state"].items():
         if not isinstance(values, Mapping):
             raise ValueError(f"state {index!r} belongs to no parameter: it cannot be laid out flat")
-        flat |= {f"{names[index]}/{key}": v for key, v in values.items() if v is not None}
+        flat |= {
+            f"{names[index]}/{key}": _in_row_order(value)
+            for key, value in values.items()
+            if value is not None
+        }
     return {**flat, GROUPS: json.dumps(groups, default=_number)}
 
 
@@ -81,6 +85,17 @@ def _names(groups: list[dict[str, Any]]) -> dict[Any, str]:
             group["params"], group.get("param_names", group["params"]), strict=True
         )
     }
+
+
+def _in_row_order(value: Any) -> Any:
+    """Return an array whose memory is its elements row by row.
+
+    safetensors 0.8 writes NumPy memory as it lies: from Fortran order it makes another array.
+    """
+    flags = getattr(value, "flags", None)
+    if flags is not None:
+        return value if flags["C_CONTIGUOUS"] else value.copy(order="C")
+    return value.contiguous() if hasattr(value, "contiguous") else value
 
 
 def _number(value: Any) -> Any:
