@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "stream.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -229,6 +230,8 @@ NB_MODULE(_core, m) {
   m.def("threads", [] { return Threads::instance().count(); });
   m.def("set_threads", [](int count) { Threads::instance().force(count); }, nb::arg("count"));
   m.def("thread_runtime", [] { return std::string(Threads::instance().runtime()); });
+  m.def("memory_stream", &memory_stream, nb::arg("elements"), nb::arg("repeats"),
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("cpu_quota", [] { return Threads::instance().quota(); });
 
   nb::class_<BoundTable>(m, "Table", nb::type_slots(table_slots))

@@ -24,6 +24,7 @@ HEAVY = {"matplotlib", "numpy", "optuna", "rich", "scipy", "sklearn", "torch", "
 MAY_LOAD = {
     "ebbtide.backends": {"numpy"},
     "ebbtide.cli": {"numpy", "rich", "typer"},
+    "ebbtide.cli_bench": {"rich", "typer"},
     "ebbtide.cli_science": {"numpy", "rich", "typer"},
     "ebbtide.cli_sweep": {"rich", "typer"},
     "ebbtide.lab": {"numpy"},

@@ -21,7 +21,7 @@ try:
 except ImportError:  # installed where no compiler was found
     _core = None  # type: ignore[assignment]
 
-__all__ = ["CompiledBackend", "available", "describe", "one_thread"]
+__all__ = ["CompiledBackend", "available", "describe", "memory_stream", "one_thread"]
 
 _RULES = {"adam": 0, "sgd": 1}
 
@@ -64,6 +64,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         _core.set_threads(0)  # as many as the runtime gives again
+
+
+def memory_stream(elements: int, repeats: int) -> float:
+    """Return the seconds that the memory traffic of a float32 AdamW step takes at least.
+
+    Args:
+        elements: Of each of the four arrays.
+        repeats: Passes, of which the fastest counts.
+    """
+    if _core is None:
+        return 0.0
+    return float(_core.memory_stream(elements, repeats))
 
 
 class CompiledBackend:

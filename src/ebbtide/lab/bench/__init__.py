@@ -1,0 +1,1 @@
+"""How fast a step is, beside torch and every peer that is installed, on this machine."""
