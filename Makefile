@@ -40,7 +40,7 @@ lint: .venv/everything
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: .venv/everything
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/ebbtide bench --growth --out reports/bench
 
 sanitize: .venv/everything
 	$(INSTALL) --no-build-isolation --no-deps --upgrade --target build/sanitize \
