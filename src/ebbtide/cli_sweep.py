@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from ebbtide.lab.sweep.queue import Counts
     from ebbtide.lab.sweep.request import Request
+    from ebbtide.lab.sweep.results import Results
     from ebbtide.lab.sweep.storage import Storage
     from ebbtide.lab.sweep.study import Sweep
     from ebbtide.lab.sweep.target import Target
@@ -118,12 +119,12 @@ def worker(
     """Join a sweep from anywhere: run its cells until none waits."""
     from ebbtide.lab.sweep.study import Sweep, find_study
 
-    opened = _open(storage, workers, create=False)
-    found = Sweep(opened, find_study(opened, study))
-    target = _target_of(found, file)
-    timeout = cell_timeout or found.options.get("cell_timeout")
-    found.check_file(target, allow_changed=allow_changed)
-    _work(found, target, _Run(workers, timeout, allow_changed), wait=False)
+    with _opened(storage, workers, create=False) as opened:
+        found = Sweep(opened, find_study(opened, study))
+        target = _target_of(found, file)
+        timeout = cell_timeout or found.options.get("cell_timeout")
+        found.check_file(target, allow_changed=allow_changed)
+        _work(found, target, _Run(workers, timeout, allow_changed), wait=False)
 
 
 def report(
@@ -134,13 +135,15 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Make the report of a sweep again; one that still runs is reported as far as it is."""
+    from ebbtide.lab.sweep.results import read
     from ebbtide.lab.sweep.study import Sweep, find_study
 
-    opened = _open(storage, 0, create=False)
-    name = find_study(opened, study)
-    ending = _Ending(out, rise, as_json)
-    ending.check(name)
-    ending.show(Sweep(opened, name))
+    with _opened(storage, 0, create=False) as opened:
+        name = find_study(opened, study)
+        ending = _Ending(out, rise, as_json)
+        ending.check(name)
+        results = read(Sweep(opened, name))
+    ending.show(results)
 
 
 @dataclass(frozen=True)
@@ -172,20 +175,19 @@ class _Ending:
         if self.wanted:
             check_folder(self._folder(study), COMMAND)
 
-    def show(self, sweep: Sweep) -> None:
+    def show(self, results: Results) -> None:
         from ebbtide.lab.sweep.report import parse_rise, summary_rows, to_json, write_report
-        from ebbtide.lab.sweep.results import read
 
-        results = read(sweep, parse_rise(self.rise))
+        results = replace(results, rise=parse_rise(self.rise))
+        folder = self._folder(results.name)
         if self.wanted:
-            write_report(results, self._folder(sweep.name))
+            write_report(results, folder)
         if self.as_json:
             sys.stdout.write(to_json(results).decode())
             return
-        columns, rows = summary_rows(results)
-        _print_table(columns, rows)
+        _print_table(*summary_rows(results))
         if self.wanted:
-            typer.echo(f"Report: {(self._folder(sweep.name) / 'report.html').resolve()}")
+            typer.echo(f"Report: {(folder / 'report.html').resolve()}")
 
     def _folder(self, study: str) -> Path:
         return self.out or Path("reports") / study
@@ -194,29 +196,32 @@ class _Ending:
 def _sweep(
     text: str, request: Request, run: _Run, ending: _Ending, storage: str, study: str | None
 ) -> None:
+    from ebbtide.lab.sweep.results import read
     from ebbtide.lab.sweep.storage import storage_folder
-    from ebbtide.lab.sweep.study import Sweep, file_name
+    from ebbtide.lab.sweep.study import Sweep, check_name, file_name
     from ebbtide.lab.sweep.target import Target
     from ebbtide.lab.sweep.workers import check_target
 
     target = Target.parse(text)
     definition = request.definition(file_name(target, storage_folder(storage)), target.function)
-    name = study or definition.name
+    name = check_name(study or definition.name)
     ending.check(name)
     versions = check_target(target, run.timeout)
-    found = Sweep(_open(storage, run.workers, create=True), name, definition)
-    found.check_file(target, allow_changed=run.allow_changed)
-    options = {"path": str(target.path), "cell_timeout": run.timeout, "versions": versions}
-    found.keep_options(options)
-    found.queue.fill(found.finished_elsewhere() if run.reuse else {})
-    if run.retry_failed:
-        found.queue.retry_failed()
-    if run.workers == 0:
-        found.queue.recover()
-        typer.echo(f"Queued: {_hint('worker', found)}", err=True)
-        return
-    counts = _work(found, target, run, wait=True)
-    ending.show(found)
+    with _opened(storage, run.workers, create=True) as opened:
+        found = Sweep(opened, name, definition)
+        found.check_file(target, allow_changed=run.allow_changed)
+        found.keep_options({"cell_timeout": run.timeout, "versions": versions})
+        found.queue.fill(found.finished_elsewhere() if run.reuse else {})
+        if run.retry_failed:
+            found.queue.retry_failed()
+        if run.workers == 0:
+            found.queue.recover()
+            counts = found.queue.counts()
+            typer.echo(f"{counts.waiting} of {counts.total} cells wait in {name}", err=True)
+            return
+        counts = _work(found, target, run, wait=True)
+        results = read(found)
+    ending.show(results)
     if counts.faults:
         cells = "1 cell" if counts.faults == 1 else f"{counts.faults} cells"
         typer.echo(f"ebbtide: {cells} failed; run again with --retry-failed", err=True)
@@ -230,7 +235,7 @@ def _work(found: Sweep, target: Target, run: _Run, *, wait: bool) -> Counts:
     watch = _Watch(found.name, found.queue.counts())
     crew = Crew(found, target, run.workers, run.timeout, wait, watch.note)
     try:
-        with watch.shown(), _storage_errors(found):
+        with watch.shown():
             crew.run(watch.see)
     except KeyboardInterrupt:
         counts = found.queue.counts()
@@ -281,12 +286,15 @@ class _Watch:
             self._progress.note("further failures are in the report")
 
 
-def _open(storage: str, workers: int, *, create: bool) -> Storage:
-    from ebbtide.lab.sweep.storage import open_storage
+@contextmanager
+def _opened(storage: str, workers: int, *, create: bool) -> Iterator[Storage]:
+    """Open a storage; what it raises later is said in one line as well."""
+    from ebbtide.lab.sweep.storage import open_storage, storage_errors
 
     opened = open_storage(storage, create=create)
     opened.check_workers(workers)
-    return opened
+    with storage_errors(opened.address):
+        yield opened
 
 
 def _target_of(found: Sweep, file: Path | None) -> Target:
@@ -296,26 +304,6 @@ def _target_of(found: Sweep, file: Path | None) -> Target:
     definition, folder = found.definition, found.storage.folder
     path = file or (Path(definition.file) if folder is None else folder / definition.file)
     return Target.at(path, definition.function)
-
-
-def _hint(verb: str, found: Sweep) -> str:
-    return f"ebbtide {verb} {found.name} --storage {found.storage.address}"
-
-
-@contextmanager
-def _storage_errors(found: Sweep) -> Iterator[None]:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from ebbtide.lab.errors import InputError
-
-    try:
-        yield
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise InputError(
-            f"the storage {found.storage.address} cannot be used any more: {reason}; what is done "
-            "is kept, and the same command goes on"
-        ) from error
 
 
 def _print_table(columns: Any, rows: Any) -> None:

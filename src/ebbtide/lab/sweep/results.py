@@ -149,7 +149,7 @@ class Results:
         return size * abs(value) if relative else size
 
 
-def read(sweep: Sweep, rise: tuple[float, bool] = (0.05, True)) -> Results:
+def read(sweep: Sweep) -> Results:
     """Return what a sweep has come to by now."""
     definition = sweep.definition
     rows: dict[tuple[str, int], dict[int, Cell]] = {}
@@ -161,7 +161,7 @@ def read(sweep: Sweep, rise: tuple[float, bool] = (0.05, True)) -> Results:
         for optimizer in definition.optimizers
     ]
     facts = {str(name): str(version) for name, version in sweep.options.get("versions", {}).items()}
-    return Results(sweep.name, definition, arms, sweep.hashes, facts, rise)
+    return Results(sweep.name, definition, arms, sweep.hashes, facts)
 
 
 def _arm(definition: Definition, optimizer: str, rows: list[dict[int, Cell]]) -> ArmResults:

@@ -12,7 +12,7 @@ from typing import Any
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.sweep.locks import FileLocks, Locks, PostgresLocks
 
-__all__ = ["DEFAULT_STORAGE", "Storage", "open_storage", "storage_folder"]
+__all__ = ["DEFAULT_STORAGE", "Storage", "open_storage", "storage_errors", "storage_folder"]
 
 DEFAULT_STORAGE = "sweeps.journal"
 _JOURNAL_HEAD = b'{"op_code":'
@@ -97,7 +97,7 @@ def open_storage(text: str, *, create: bool) -> Storage:
     file = None
     if url.get_backend_name() == "sqlite":
         file = _file(Path(url.database), create)
-    with _storage_errors(address):
+    with storage_errors(address):
         storage = optuna.storages.get_storage(url.render_as_string(hide_password=False))
     return Storage(address, storage, storage_folder(text), url, file)
 
@@ -195,11 +195,24 @@ def _parse_url(text: str) -> Any:
 
 
 @contextmanager
-def _storage_errors(address: str) -> Iterator[None]:
+def storage_errors(address: str) -> Iterator[None]:
+    """Say in one line what is wrong with a storage.
+
+    Args:
+        address: The storage, as it may be shown.
+
+    Raises:
+        InputError: Where the storage raised something.
+    """
+    from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise InputError(f"the storage {address} cannot be used: {reason}") from error
+    except (SQLAlchemyError, StorageInternalError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        raise InputError(
+            f"the storage {address} cannot be used: {reason}; what it holds is kept, and the same "
+            "command goes on"
+        ) from error

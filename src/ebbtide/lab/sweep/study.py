@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,26 @@ from ebbtide.lab.sweep.queue import Key, Queue, key
 from ebbtide.lab.sweep.storage import Storage
 from ebbtide.lab.sweep.target import Target
 
-__all__ = ["Sweep", "file_name", "find_study"]
+__all__ = ["Sweep", "check_name", "file_name", "find_study"]
 
+_NAME = re.compile(r"[\w+][\w.+ -]*")
 _DEFINITION, _HASHES, _OPTIONS = "ebbtide.definition", "ebbtide.sha256", "ebbtide.options"
 
 
 def file_name(target: Target, folder: Path | None) -> str:
     """Return what a storage calls the file: its path from there, where it has a folder."""
     return str(target.path) if folder is None else os.path.relpath(target.path, folder)
+
+
+def check_name(name: str) -> str:
+    """Return a name of a study, which is also that of a folder.
+
+    Raises:
+        InputError: It cannot be one.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{name!r} cannot name a study: use letters, digits, spaces and ._+-")
+    return name
 
 
 def find_study(storage: Storage, text: str) -> str:

@@ -44,7 +44,7 @@ class Crew:
         count: How many cells run at the same time.
         timeout: Seconds a cell may take; None for ever.
         wait: Whether to stay until cells that run elsewhere have ended too.
-        say: Told a line of text when a cell fails.
+        say: Told a line of text when a cell fails or other workers are waited for.
     """
 
     sweep: Sweep
@@ -74,7 +74,7 @@ class _Shift:
         self._crew, self._watch = crew, watch
         self._queue = crew.sweep.queue
         self._stop = threading.Event()
-        self._interrupted = False
+        self._interrupted = self._waiting = False
         self._error: BaseException | None = None
         self._medians: dict[str, tuple[float, Medians]] = {}
 
@@ -104,9 +104,15 @@ class _Shift:
         if self._stop.is_set():
             return False
         if self._crew.wait and counts.running and not counts.waiting:
+            self._say_who_is_awaited(counts.running)
             self._stop.wait(_SECONDS_BETWEEN_COUNTS)
             return True
         return counts.waiting > 0
+
+    def _say_who_is_awaited(self, cells: int) -> None:
+        if not self._waiting:
+            self._crew.say(f"waiting for other workers, cells at work: {cells}")
+        self._waiting = True
 
     def _watch_for(self, threads: list[threading.Thread]) -> None:
         until = time.monotonic() + _SECONDS_BETWEEN_COUNTS
