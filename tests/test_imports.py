@@ -25,6 +25,7 @@ MAY_LOAD = {
     "ebbtide.backends": {"numpy"},
     "ebbtide.cli": {"numpy", "rich", "typer"},
     "ebbtide.cli_bench": {"rich", "typer"},
+    "ebbtide.cli_inspect": {"rich", "typer"},
     "ebbtide.cli_science": {"numpy", "rich", "typer"},
     "ebbtide.cli_sweep": {"rich", "typer"},
     "ebbtide.lab": {"numpy"},

@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["EXTRAS", "VERBS", "main"]
 
-VERBS = ("compare", "doctor", "explain", "convert", "sweep", "worker", "report", "bench")
+VERBS = ("compare", "doctor", "explain", "convert", "inspect", "sweep", "worker", "report", "bench")
 
 # Which extra of the distribution brings a package that a verb may miss.
 EXTRAS = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ebbtide import cli_bench, cli_science, cli_sweep
+from ebbtide import cli_bench, cli_inspect, cli_science, cli_sweep
 
 if TYPE_CHECKING:
     from ebbtide.lab.compare import Request
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+cli_inspect.register(app)
 cli_science.register(app)
 cli_sweep.register(app)
 cli_bench.register(app)
