@@ -11,3 +11,10 @@ TORCH_FLOAT64 = {"rtol": 1e-11, "atol": 1e-12}
 
 # torch's scalar tail (numel mod 8 elements) contracts another product than its vector body.
 TORCH_TAIL_ULP = 2
+
+# The same in float32, seven steps: torch's loops round where the kernels fuse a product and a sum.
+TORCH_FLOAT32 = {"rtol": 2e-6, "atol": 1e-7}
+
+# With differentiable=True or capturable=True torch computes 1 - βᵗ from a float32 count: the scalars
+# of a step, whatever the parameter's dtype, are good to 1e-6 or so (β2 = .999 at step 1: 1e-5).
+TORCH_FLOAT32_SCALARS = {"rtol": 2e-5, "atol": 1e-7}

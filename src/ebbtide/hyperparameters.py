@@ -15,7 +15,15 @@ from typing import Any
 from ebbtide.rules import Rule, Scalars
 from ebbtide.weight_decay import DECAY_POLICIES, decay_share, l2_coefficient
 
-__all__ = ["NONFINITE_POLICIES", "OURS", "GroupReader", "known_keys", "numbers", "validate_group"]
+__all__ = [
+    "NONFINITE_POLICIES",
+    "OURS",
+    "GroupReader",
+    "known_keys",
+    "numbers",
+    "validate_group",
+    "validate_values",
+]
 
 NONFINITE_POLICIES = ("raise", "skip", "propagate")
 
@@ -68,19 +76,9 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
             nearly a known one.
         TypeError: A number is a string, a bool or something else.
     """
-    lr = _number(group, "lr", "learning rate", where)
-    weight_decay = _number(group, "weight_decay", "weight_decay value", where)
-    if rule.name == "adam":
-        _number(group, "eps", "epsilon value", where)
-        _check_betas(group["betas"], where)
-    else:
-        _check_momentum(group, where)
-    policy = group["decay_policy"]
-    if policy not in DECAY_POLICIES:
-        raise ValueError(
-            f"Invalid decay_policy: {policy!r}; one of {', '.join(DECAY_POLICIES)}{where}"
-        )
-    base_lr = _number(group, "base_lr", "base_lr", where)
+    validate_values(rule, group, where)
+    lr, base_lr = float(group["lr"]), _number(group, "base_lr", "base_lr", where)
+    policy, weight_decay = group["decay_policy"], float(group["weight_decay"])
     if policy in ("independent", "corrected") and base_lr == 0:
         raise ValueError(
             f"base_lr is 0, and decay_policy={policy!r} divides by it: pass base_lr, the peak "
@@ -92,8 +90,28 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
             f"lr={lr:g} and weight_decay={weight_decay:g} would remove {share:g} of the parameter "
             f"in one step under decay_policy={policy!r}; the share must be below 1{where}"
         )
-    _check_flags(group, where)
     _check_spelling(rule, group, where)
+
+
+def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> None:
+    """Check each value by itself; what a constructor can say before it has seen a parameter.
+
+    Raises:
+        ValueError, TypeError: As `validate_group`.
+    """
+    _number(group, "lr", "learning rate", where)
+    if rule.name == "adam":
+        _number(group, "eps", "epsilon value", where)
+        _check_betas(group["betas"], where)
+    else:
+        _check_momentum(group, where)
+    _number(group, "weight_decay", "weight_decay value", where)
+    policy = group["decay_policy"]
+    if policy not in DECAY_POLICIES:
+        raise ValueError(
+            f"Invalid decay_policy: {policy!r}; one of {', '.join(DECAY_POLICIES)}{where}"
+        )
+    _check_flags(group, where)
 
 
 def numbers(group: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,14 @@ from ebbtide.backends import torch_ops
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.backends.torch_ops import TensorRow, Verdict
-from ebbtide.hyperparameters import NONFINITE_POLICIES, OURS, GroupReader, numbers, validate_group
+from ebbtide.hyperparameters import (
+    NONFINITE_POLICIES,
+    OURS,
+    GroupReader,
+    numbers,
+    validate_group,
+    validate_values,
+)
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.rules import Rule, Scalars
 from ebbtide.torch import ranks
@@ -78,6 +85,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
             )
+        validate_values(self._rule, numbers(defaults))
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
         self.nonfinite = nonfinite
