@@ -216,6 +216,8 @@ std::vector<std::pair<int64_t, int64_t>> untouched(const BoundTable& table) {
 const Kernels& kernels() { return *chosen(); }
 
 NB_MODULE(_core, m) {
+  // At exit the interpreter may still hold optimizers; that is no leak of ours.
+  nb::set_leak_warnings(false);
   m.doc() = "The compiled core of ebbtide; used through ebbtide.backends.cpu.";
   m.attr("SCALAR_COUNT") = kScalarCount;
   m.attr("STALE") = int64_t(Table::kStale);

@@ -41,13 +41,13 @@ class BackwardAndStep:
 
     def backward(self) -> None:
         """Run forward, which is not timed."""
-        self.optimizer.zero_grad()
         self._loss = self.model(self._inputs).square().mean()
 
     def step(self) -> None:
-        """Run backward and step."""
+        """Run backward and step, and let go of the gradients."""
         self._loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def backward_contestants(**size: int) -> dict[str, BackwardAndStep]:

@@ -88,8 +88,9 @@ def interleaved(
     """
     names = list(contestants)
     for contestant in contestants.values():
-        contestant.step()
-        contestant.step()
+        for _ in range(2):
+            contestant.backward()
+            contestant.step()
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
