@@ -77,12 +77,13 @@ class Definition:
     prune_after: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"unknown sampler {self.sampler!r}; choose {', '.join(SAMPLERS)}")
-        if (self.points is None) != (self.sampler == "grid"):
-            raise InputError("--points belongs to the samplers random and tpe, which need it")
-        if len(self.slots) > _MOST_CELLS:
-            raise InputError(f"a sweep of {len(self.slots):,} cells is too large")
+        points = [
+            self.points or len(self.lrs[optimizer]) * len(self.seconds[optimizer])
+            for optimizer in self.optimizers
+        ]
+        cells = sum(points) * len(self.seeds)
+        if cells > _MOST_CELLS:
+            raise InputError(f"a sweep of {cells:,} cells is too large")
 
     @property
     def name(self) -> str:

@@ -173,13 +173,13 @@ class _Child:
         """End a process that takes too long, and have it say where it was."""
         if self._ending.message:
             return  # the result is there, only the process is not gone
+        # From here on only what it prints is heard: the signal may wake it from its sleep.
+        self._ending.message = {"kind": "pruned" if self._closing else "timeout"}
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGUSR1)
         until = time.monotonic() + _SECONDS_TO_SAY_WHERE
         while time.monotonic() < until and not self._has_ended():
             self._listen(selector)
-        kind = "pruned" if self._closing else "timeout"
-        self._ending.message = self._ending.message or {"kind": kind}
 
     @contextlib.contextmanager
     def _listening(self) -> Any:

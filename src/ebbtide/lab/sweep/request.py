@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.sweep.axes import AXES, axis_points, check_timescale, split_optimizers
-from ebbtide.lab.sweep.definition import Definition
+from ebbtide.lab.sweep.definition import SAMPLERS, Definition
 
 __all__ = ["DEFAULT_LR", "DEFAULT_WEIGHT_DECAY", "Request"]
 
@@ -59,6 +59,10 @@ class Request:
         Raises:
             InputError: Something asked for makes no sense.
         """
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler {self.sampler!r}; choose {', '.join(SAMPLERS)}")
+        if (self.points is None) != (self.sampler == "grid"):
+            raise InputError("--points belongs to the samplers random and tpe, which need it")
         optimizers = split_optimizers(self.optimizers)
         axis, options = self._second_axis()
         if axis == "timescale":

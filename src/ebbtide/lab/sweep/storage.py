@@ -94,12 +94,13 @@ def open_storage(text: str, *, create: bool) -> Storage:
         return _journal(Path(text), create)
     url = _parse_url(text)
     address = url.render_as_string(hide_password=True)
+    folder = storage_folder(text)
     file = None
     if url.get_backend_name() == "sqlite":
         file = _file(Path(url.database), create)
     with storage_errors(address):
         storage = optuna.storages.get_storage(url.render_as_string(hide_password=False))
-    return Storage(address, storage, storage_folder(text), url, file)
+    return Storage(address, storage, folder, url, file)
 
 
 def _journal(path: Path, create: bool) -> Storage:

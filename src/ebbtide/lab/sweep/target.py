@@ -76,7 +76,8 @@ def _top_level_names(path: Path, content: bytes) -> set[str]:
         with warnings.catch_warnings(action="ignore"):  # the cells print them
             tree = ast.parse(content, filename=str(path))
     except SyntaxError as error:
-        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
+        where = "" if error.lineno is None else f", line {error.lineno}"
+        raise InputError(f"{path}{where}: {error.msg}") from None
     except ValueError as error:
         raise InputError(f"{path} is no Python file: {error}") from None
     names: set[str] = set()

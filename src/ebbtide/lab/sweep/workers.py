@@ -166,7 +166,7 @@ class _Shift:
         if ending.kind == "stopped" or (self._was_killed(ending) and self._is_once_more(claim)):
             self._queue.release(claim)
             return
-        record = _record(ending, crew)
+        record = _record(ending, crew.target, crew.timeout)
         if self._queue.finish(claim, record) and record.outcome in FAULTS:
             crew.say(f"{cell_words(claim.settings)}: {record.outcome}: {record.error}")
 
@@ -216,8 +216,8 @@ def cell_words(settings: Any) -> str:
     )
 
 
-def _record(ending: Ending, crew: Crew) -> Record:
-    outcome, error = _outcome(ending, crew.timeout)
+def _record(ending: Ending, target: Target, timeout: float | None) -> Record:
+    outcome, error = _outcome(ending, timeout)
     message = ending.message
     return Record(
         outcome=outcome,
@@ -229,7 +229,7 @@ def _record(ending: Ending, crew: Crew) -> Record:
         error=error,
         traceback=message.get("traceback", ""),
         output=ending.output,
-        sha256=crew.target.sha256,
+        sha256=target.sha256,
         where=socket.gethostname(),
     )
 
