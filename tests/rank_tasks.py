@@ -9,10 +9,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import ebbtide.torch
+import ebbtide.torch.rows
 
 # Rows of 5 and 37 elements: shards of 4 and 3 rows begin inside a block of 128.
 SIZES = (5, 7, 37, 3)
@@ -93,6 +95,25 @@ def fully_sharded(
     optimizer = optimizer_of(kind, model, **options)
     train(model, optimizer, steps)
     return numbers_of(model, optimizer)
+
+
+def by_torch_operations(rank: int, dtype: torch.dtype) -> Numbers:
+    """As where the kernels do not go, another device for instance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ebbtide.torch.rows, "_is_for_kernels", lambda *_: False)
+        return fully_sharded(rank, "AdamW", dtype, 3, {"clip_grad_norm": 10.0})
+
+
+def plain_gradient(rank: int) -> str:
+    model = sharded(model_of())
+    optimizer = optimizer_of("AdamW", model)
+    for param in model.parameters():
+        param.grad = torch.ones(param.shape)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def clipped(rank: int, shape: tuple[int, ...]) -> tuple[float, Numbers]:

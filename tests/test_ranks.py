@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ebbtide.torch
+import ebbtide.torch.rows
 from tests import rank_tasks
 from tests.rank_tasks import Numbers
 from tests.two_ranks import TwoRanks
@@ -51,6 +52,21 @@ def test_shards_equal_one_process(
     expected = rank_tasks.alone(kind, dtype, 3, options)
     for numbers in ranks.run(rank_tasks.fully_sharded, kind, dtype, 3, options):
         assert_same(numbers, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+def test_shards_equal_one_process_by_torch_operations(
+    ranks: TwoRanks, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(ebbtide.torch.rows, "_is_for_kernels", lambda *_: False)
+    expected = rank_tasks.alone("AdamW", dtype, 3, {"clip_grad_norm": 10.0})
+    for numbers in ranks.run(rank_tasks.by_torch_operations, dtype):
+        assert_same(numbers, expected)
+
+
+def test_a_plain_gradient_of_a_shard_is_refused_by_name(ranks: TwoRanks) -> None:
+    for message in ranks.run(rank_tasks.plain_gradient):
+        assert message == "parameter '0.weight' is a DTensor, its gradient a plain tensor"
 
 
 def test_shards_by_columns_equal_the_whole(ranks: TwoRanks) -> None:

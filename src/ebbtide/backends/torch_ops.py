@@ -38,6 +38,7 @@ class TensorRow:
         differentiable: Keep the autograd graph of the update.
         capturable: The step may be part of a graph: nothing may wait for the device.
         salt: Of the parameter's name, for the random bits.
+        offset: Index of the first element in the whole parameter, where this is a shard of it.
     """
 
     entry: int
@@ -51,6 +52,7 @@ class TensorRow:
     differentiable: bool = False
     capturable: bool = False
     salt: int = 0
+    offset: int = 0
 
     @property
     def counts_on_device(self) -> bool:
@@ -181,7 +183,7 @@ def _step(rule: Rule, row: TensorRow, s: Scalars, verdict: Verdict, guard: bool)
     """Step one row; the number of elements left untouched, if somebody guards."""
     if row.grad.is_sparse:
         return _step_sparse(row, s, verdict)
-    stored = [row.param, *(row.state[key] for key in row.keys)]
+    stored = [row.param, *(_local(row.state[key]) for key in row.keys)]
     # A clone, since autograd may need the old parameter, which is about to be overwritten.
     old = [_working(_plain(each.clone() if row.differentiable else each)) for each in stored]
     grad = _working(_plain(row.grad)) * _on(s.grad_scale * verdict.scale, row.grad)
@@ -262,7 +264,7 @@ def _write(row: TensorRow, stored: list[Tensor], new: list[Tensor], s: Scalars) 
             value = value.to(target.real.dtype)
         elif target.dtype in _LOW_PRECISION:
             # The first moment is rounded to nearest; moments of squares would stall that way.
-            bits = None if index == 1 else _element_bits(row.salt, s, value, state=index > 0)
+            bits = None if index == 1 else _element_bits(row, s, value, state=index > 0)
             value = _rounded(value.float(), target.dtype, bits)
         if target.is_complex():
             value = torch.view_as_complex(value)
@@ -272,16 +274,24 @@ def _write(row: TensorRow, stored: list[Tensor], new: list[Tensor], s: Scalars) 
             target.copy_(value)
 
 
-def _element_bits(salt: int, s: Scalars, like: Tensor, *, state: bool) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this process holds; another tensor itself."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def _element_bits(row: TensorRow, s: Scalars, like: Tensor, *, state: bool) -> Tensor:
     """Return 32 random bits for each element: `codecs.dither_bits`, vectorised."""
     step = torch.as_tensor(s.step, device=like.device).to(torch.int64)
     seed = torch.tensor(int(s.seed), device=like.device)
-    key = _mix(_mix(seed) ^ _mix(step * _signed(0xD1342543DE82EF95)) ^ _signed(salt))
-    blocks = torch.arange(-(-like.numel() // 128), device=like.device)
+    key = _mix(_mix(seed) ^ _mix(step * _signed(0xD1342543DE82EF95)) ^ _signed(row.salt))
+    first, lead = divmod(row.offset, 128)
+    stop = lead + like.numel()
+    blocks = torch.arange(first, first - (-stop // 128), device=like.device)
     hashes = _mix(key ^ (blocks << 1))
     hashes = hashes >> 32 if state else hashes
     bits = (hashes & 0xFFFFFFFF)[:, None] ^ _lanes(like.device)
-    return bits.reshape(-1)[: like.numel()].reshape(like.shape)
+    return bits.reshape(-1)[lead:stop].reshape(like.shape)
 
 
 def _lanes(device: torch.device) -> Tensor:

@@ -55,7 +55,8 @@ def judge_plan(
         new_backend: Makes a backend that knows nothing of the state, which is not there yet.
     """
     rows = planner.tensors
-    if rows and all(row.capturable for row in rows) and not any(planner.plan.rows()):
+    on_device = rows and all(row.capturable for row in rows) and not any(planner.plan.rows())
+    if on_device and not optimizer._meshes:  # sums over ranks wait for the device
         return _judge_on_device(optimizer, [row.grad for row in rows])
     verdict = judge(optimizer, lambda: _sum_squares(optimizer, planner, new_backend))
     if verdict is None:  # some elements are not finite: clip the others by their own norm

@@ -216,6 +216,8 @@ class Planner:
         differentiable = bool(group.get("differentiable")) and torch.is_grad_enabled()
         if differentiable and "step" in merged and merged["step"].requires_grad:
             raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+        if differentiable and distributed(param):
+            raise RuntimeError(f"parameter {name!r} is a DTensor: differentiable needs plain ones")
         self.tensors.append(
             TensorRow(
                 entry=len(self.plan.entries),
@@ -229,6 +231,7 @@ class Planner:
                 differentiable=differentiable,
                 capturable=bool(group.get("capturable")),
                 salt=salt_of(name),
+                offset=shard_offset(param) if param.dtype in LOW_PRECISION else 0,
             )
         )
         self.plan.cacheable = False
