@@ -129,14 +129,14 @@ def _print_results(arms: Any, out: Path) -> None:
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine runs: instruction set, threads, versions."""
-    from ebbtide.backends.cpu import describe
+    """Say what this machine runs: instruction set, threads, torch, GPU."""
+    from ebbtide.lab.doctor import facts
 
-    facts = describe()
+    found = facts()
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(found, indent=1))
     else:
-        _print_table("", ["", ""], list(facts.items()))
+        _print_table("", ["", ""], list(found.items()))
 
 
 def _print_table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:

@@ -43,12 +43,14 @@ def describe() -> dict[str, str]:
     if not available():
         return {"core": "compiled, but EBBTIDE_BACKEND=pure asks for the reference"}
     forced = " (EBBTIDE_ISA)" if os.environ.get("EBBTIDE_ISA") else " (widest this machine has)"
+    runtime = _core.thread_runtime()
+    whose = "torch's" if "/torch/" in runtime else "the system's"
     return {
         "core": "compiled",
         "instruction set": _core.instruction_set() + forced,
         "instruction sets here": ", ".join(_core.instruction_sets()),
         "threads": str(_core.threads()),
-        "thread runtime": _core.thread_runtime(),
+        "thread runtime": f"{whose}, {runtime}",
         "processor quota": "none" if _core.cpu_quota() >= 1 << 16 else str(_core.cpu_quota()),
     }
 
