@@ -116,6 +116,10 @@ def plain_gradient(rank: int) -> str:
     return ""
 
 
+def run_code(rank: int, code: str, names: dict[str, Any]) -> None:
+    exec(code, names)
+
+
 def clipped(rank: int, shape: tuple[int, ...]) -> tuple[float, Numbers]:
     from torch.distributed.device_mesh import init_device_mesh
 

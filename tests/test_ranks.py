@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def test_shards_equal_one_process_by_torch_operations(
 def test_a_plain_gradient_of_a_shard_is_refused_by_name(ranks: TwoRanks) -> None:
     for message in ranks.run(rank_tasks.plain_gradient):
         assert message == "parameter '0.weight' is a DTensor, its gradient a plain tensor"
+
+
+def test_what_the_document_shows_runs(ranks: TwoRanks, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ranks.run(rank_tasks.run_code, code, {"folder": str(tmp_path)})
 
 
 def test_shards_by_columns_equal_the_whole(ranks: TwoRanks) -> None:
