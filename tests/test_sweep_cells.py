@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,19 +102,17 @@ def test_everything_printed_is_kept_up_to_a_limit(tmp_path: Path) -> None:
     assert output == ["first line", "to stderr", "from below Python", "from a child", "last"]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "time.sleep(1000)",
+def test_hanging_cells_are_ended_and_say_where_they_were(tmp_path: Path) -> None:
+    bodies = [
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass",
         "import ctypes\nctypes.PyDLL(None).sleep(1000)",  # holds the interpreter all the time
-    ],
-)
-def test_a_hanging_cell_is_ended_and_says_where_it_was(tmp_path: Path, body: str) -> None:
-    found = record(write_function(tmp_path, body), timeout=1.0)
-    assert found.outcome == Outcome.TIMEOUT
-    assert found.error == "ended after 1 s"
-    assert "in train" in found.output
+    ]
+    files = [write_function(tmp_path, body, f"{i}.py") for i, body in enumerate(bodies)]
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda file: record(file, timeout=4.0), files))
+    assert [cell.outcome for cell in found] == [Outcome.TIMEOUT] * 2
+    assert [cell.error for cell in found] == ["ended after 4 s"] * 2
+    assert all("in train" in cell.output for cell in found)
 
 
 def test_a_result_counts_even_if_the_process_does_not_end(

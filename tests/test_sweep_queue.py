@@ -221,10 +221,10 @@ def test_storages_that_are_none(
 
 
 def test_sqlite_takes_one_worker(tmp_path: Path) -> None:
-    storage = open_storage(f"sqlite:///{tmp_path / 'sweeps.db'}", create=True)
+    address = f"sqlite:///{tmp_path / 'sweeps.db'}"
     with pytest.raises(InputError, match=r"SQLite has no row locks, and several workers"):
-        storage.check_workers(2)
-    storage.check_workers(1)
+        open_storage(address, create=True, workers=2)
+    storage = open_storage(address, create=True, workers=1)
     wanted = definition()
     found = Sweep(storage, wanted.name, wanted)
     found.queue.fill()
@@ -232,7 +232,7 @@ def test_sqlite_takes_one_worker(tmp_path: Path) -> None:
     assert_one_record_a_cell(found)
     script = (
         "import sys; from ebbtide.lab.sweep.storage import *;"
-        f"open_storage('sqlite:///{tmp_path / 'sweeps.db'}', create=False).check_workers(1)"
+        f"open_storage({address!r}, create=False, workers=1)"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert b"another worker is at work on this file" in other.stderr

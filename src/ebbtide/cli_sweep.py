@@ -291,8 +291,7 @@ def _opened(storage: str, workers: int, *, create: bool) -> Iterator[Storage]:
     """Open a storage; what it raises later is said in one line as well."""
     from ebbtide.lab.sweep.storage import open_storage, storage_errors
 
-    opened = open_storage(storage, create=create)
-    opened.check_workers(workers)
+    opened = open_storage(storage, create=create, workers=workers)
     with storage_errors(opened.address):
         yield opened
 

@@ -47,19 +47,6 @@ class Storage:
             return FileLocks(_beside(self.file))
         return PostgresLocks(self.url, study)
 
-    def check_workers(self, count: int) -> None:
-        """Refuse more workers than the storage can bear, this process's among them.
-
-        Raises:
-            InputError: It is SQLite, and there would be several.
-        """
-        if self.url is None or self.file is None or count == 0:
-            return
-        if count > 1:
-            raise InputError(_SQLITE_REASON)
-        if not FileLocks(_beside(self.file)).try_hold(_SQLITE_WORKER):
-            raise InputError("another worker is at work on this file. " + _SQLITE_REASON)
-
 
 def storage_folder(text: str) -> Path | None:
     """Return the folder that a storage lies in, or None where it lies in none.
@@ -77,15 +64,17 @@ def storage_folder(text: str) -> Path | None:
     return Path(url.database).resolve().parent
 
 
-def open_storage(text: str, *, create: bool) -> Storage:
+def open_storage(text: str, *, create: bool, workers: int = 0) -> Storage:
     """Open a storage.
 
     Args:
         text: A path of a journal file, or an address `postgresql://…` or `sqlite:///…`.
         create: Whether a file may be made.
+        workers: How many cells this process will run at the same time.
 
     Raises:
-        InputError: It does not exist, cannot be reached, or is of another kind.
+        InputError: It does not exist, cannot be reached, is of another kind, or cannot bear so
+            many workers.
     """
     import optuna
 
@@ -97,7 +86,11 @@ def open_storage(text: str, *, create: bool) -> Storage:
     folder = storage_folder(text)
     file = None
     if url.get_backend_name() == "sqlite":
+        if workers > 1:
+            raise InputError(_SQLITE_REASON)
         file = _file(Path(url.database), create)
+        if workers and not FileLocks(_beside(file)).try_hold(_SQLITE_WORKER):
+            raise InputError("another worker is at work on this file. " + _SQLITE_REASON)
     with storage_errors(address):
         storage = optuna.storages.get_storage(url.render_as_string(hide_password=False))
     return Storage(address, storage, folder, url, file)
