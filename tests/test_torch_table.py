@@ -16,7 +16,6 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_optimizers import optim_db
 
 from ebbtide.torch import SGD, Adam, AdamW
-
 from tests.tolerances import TORCH_FLOAT32, TORCH_FLOAT32_SCALARS, TORCH_FLOAT64
 
 OURS = {"Adam": Adam, "AdamW": AdamW, "SGD": SGD}
@@ -36,11 +35,11 @@ Row = tuple[str, dict[str, Any]]
 
 
 def rows(*skip: str) -> list[Any]:
-    found = []
-    for name, info in THEIRS.items():
-        for each in all_inputs("cpu", torch.float32, info, skip=skip):
-            found.append(pytest.param(name, each.kwargs, id=f"{name}-{each.desc}"))
-    return found
+    return [
+        pytest.param(name, each.kwargs, id=f"{name}-{each.desc}")
+        for name, info in THEIRS.items()
+        for each in all_inputs("cpu", torch.float32, info, skip=skip)
+    ]
 
 
 each_row = pytest.mark.parametrize(("name", "kwargs"), rows())
@@ -124,26 +123,26 @@ def test_complex_parameters_step_like_their_real_and_imaginary_parts(
 @each_plain_row
 def test_the_loss_goes_the_right_way(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for shape in ((10, 5), (10, 5, 2)):  # the second as every other element of a larger array
-        weight = torch.randn(shape).to(dtype)
-        weight = (weight if len(shape) == 2 else weight[..., 0]).requires_grad_()
-        bias = torch.randn(10).to(dtype).requires_grad_()
-        inputs = torch.randn(5).to(dtype)
-        optimizer = OURS[name]([weight, bias], **deepcopy(kwargs))
-
-        def closure(
-            optimizer: Any = optimizer, weight: Tensor = weight, bias: Tensor = bias
-        ) -> Any:
-            optimizer.zero_grad()
-            loss = (weight.mv(inputs) + bias).pow(2).sum()
-            loss.backward()
-            return loss
-
-        before = closure().item()
-        for _ in range(20):
-            optimizer.step(closure)
-        after = closure().item()
+    every_other = torch.randn(10, 5, 2).to(dtype)[..., 0]
+    for weight in (torch.randn(10, 5).to(dtype), every_other):
+        before, after = descend(name, deepcopy(kwargs), weight.requires_grad_())
         assert after > before if kwargs.get("maximize") else after < before
+
+
+def descend(name: str, kwargs: dict[str, Any], weight: Tensor) -> tuple[float, float]:
+    """Return the loss of a linear model before and after twenty steps with a closure."""
+    bias = torch.randn(10).to(weight.dtype).requires_grad_()
+    inputs = torch.randn(5).to(weight.dtype)
+    optimizer = OURS[name]([weight, bias], **kwargs)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight.mv(inputs) + bias).pow(2).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    return losses[0], closure().item()
 
 
 SCHEDULED = [

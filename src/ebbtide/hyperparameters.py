@@ -114,17 +114,39 @@ def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> No
     _check_flags(group, where)
 
 
-def numbers(group: Mapping[str, Any]) -> Mapping[str, Any]:
+def validate_options(nonfinite: object, clip_grad_norm: object) -> None:
+    """Check the options of a whole optimizer.
+
+    Raises:
+        ValueError, TypeError: They are not what they may be.
+    """
+    if nonfinite not in NONFINITE_POLICIES:
+        raise ValueError(
+            f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
+        )
+    if clip_grad_norm is None:
+        return
+    if isinstance(clip_grad_norm, str | bool) or not isinstance(clip_grad_norm, Real):
+        raise TypeError(
+            f"Invalid clip_grad_norm: {clip_grad_norm!r} is a {type(clip_grad_norm).__name__}, "
+            "not a number"
+        )
+    if not float(clip_grad_norm) > 0:
+        raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
+
+
+def numbers(group: Mapping[str, Any], where: str = "") -> Mapping[str, Any]:
     """Return the group with one-element tensors as numbers; the group itself if it has none.
 
     Raises:
         ValueError: A hyperparameter is a tensor of several elements.
     """
-    found = {key: _item(key, group[key]) for key in _NUMBERS if _is_tensor(group.get(key))}
+    found = {key: _item(key, group[key], where) for key in _NUMBERS if _is_tensor(group.get(key))}
     betas = group.get("betas")
     if isinstance(betas, tuple | list) and any(_is_tensor(beta) for beta in betas):
         found["betas"] = tuple(
-            _item(f"betas[{i}]", beta) if _is_tensor(beta) else beta for i, beta in enumerate(betas)
+            _item(f"betas[{i}]", beta, where) if _is_tensor(beta) else beta
+            for i, beta in enumerate(betas)
         )
     return {**group, **found} if found else group
 
@@ -133,11 +155,11 @@ def _is_tensor(value: Any) -> bool:
     return hasattr(value, "item") and getattr(value, "size", None) is not None
 
 
-def _item(key: str, value: Any) -> Any:
+def _item(key: str, value: Any, where: str) -> Any:
     try:
         return (value.detach() if hasattr(value, "detach") else value).item()
     except (RuntimeError, ValueError):
-        raise ValueError(f"Tensor {key} must be 1-element") from None
+        raise ValueError(f"Tensor {key} must be 1-element{where}") from None
 
 
 class GroupReader:
@@ -201,11 +223,12 @@ class GroupReader:
             self._check(group, values)
 
     def _check(self, group: Mapping[str, Any], values: tuple[Any, ...]) -> Mapping[str, Any]:
-        checked = numbers(group)
+        checked = numbers(group, self._where)
         if _same(self._checked, values):
             return checked
         validate_group(self._rule, checked, self._where)
-        structure = (self._rule.state_keys(checked), *[group[key] for key in self._watch])
+        flags = [group[key] for key in self._watch]
+        structure = (self._rule.state_keys(checked), checked is group, *flags)
         if self._structure not in (None, structure) and self._restructured is not None:
             self._restructured()
         self._structure, self._checked = structure, values

@@ -20,7 +20,13 @@ import numpy as np
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.checkpoint import CheckpointError, Slot, lacking, prepare
-from ebbtide.hyperparameters import NONFINITE_POLICIES, GroupReader, validate_group
+from ebbtide.hyperparameters import (
+    GroupReader,
+    numbers,
+    validate_group,
+    validate_options,
+    validate_values,
+)
 from ebbtide.plan import (
     Bucket,
     Field,
@@ -69,12 +75,8 @@ class _Optimizer:
         nonfinite: str,
         clip_grad_norm: float | None,
     ) -> None:
-        if nonfinite not in NONFINITE_POLICIES:
-            raise ValueError(
-                f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
-            )
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
+        validate_options(nonfinite, clip_grad_norm)
+        validate_values(self._rule, numbers(defaults))
         self.defaults = defaults
         self.nonfinite = nonfinite
         self.clip_grad_norm = clip_grad_norm

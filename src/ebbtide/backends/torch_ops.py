@@ -252,7 +252,9 @@ def _step_sparse(row: TensorRow, s: Scalars, verdict: Verdict) -> Tensor:
         row.param.mul_(1 - s.decay)
     # Scaled before it is added: `alpha` must not be a tensor.
     update = (values * s.lr).masked_fill(~finite, 0.0)
-    row.param.sub_(torch.sparse_coo_tensor(grad.indices(), update, grad.shape))
+    row.param.sub_(
+        torch.sparse_coo_tensor(grad.indices(), update, grad.shape, check_invariants=False)
+    )
     if "step" in row.state:
         row.state["step"].add_(1)
     return finite.logical_not().sum()

@@ -13,11 +13,11 @@ from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.backends.torch_ops import TensorRow, Verdict
 from ebbtide.hyperparameters import (
-    NONFINITE_POLICIES,
     OURS,
     GroupReader,
     numbers,
     validate_group,
+    validate_options,
     validate_values,
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
@@ -81,13 +81,8 @@ class Optimizer(torch.optim.Optimizer):
         nonfinite: str,
         clip_grad_norm: float | None,
     ) -> None:
-        if nonfinite not in NONFINITE_POLICIES:
-            raise ValueError(
-                f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
-            )
+        validate_options(nonfinite, clip_grad_norm)
         validate_values(self._rule, numbers(defaults))
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
         self.nonfinite = nonfinite
         self.clip_grad_norm = clip_grad_norm
         self.skipped_steps: int | torch.Tensor = 0

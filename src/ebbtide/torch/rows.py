@@ -162,8 +162,10 @@ class Planner:
         count: int,
     ) -> Row:
         mine, theirs = local_of(param.detach()), local_grad(name, param, grad)
-        # Partial sums that were added up are a copy: the table must not look at them again.
-        keep: list[object] = [] if theirs is local_of(grad) else [theirs]
+        # What is not the parameter's gradient itself (a dense copy of a sparse one, partial sums
+        # added up) must live until the step is taken, and is not what the next one will see.
+        own = grad is param.grad and theirs is local_of(grad)
+        keep: list[object] = [] if own else [theirs]
         if _is_staged(mine):
             target, mine = mine, mine.clone(memory_format=torch.contiguous_format)
             mine = mine.resolve_conj().resolve_neg()
