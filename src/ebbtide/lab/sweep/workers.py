@@ -163,15 +163,12 @@ class _Shift:
         if ending.kind == "changed":
             self._queue.release(claim)
             raise InputError(f"{crew.target.path.name} was changed while the sweep was running")
-        if ending.kind == "stopped" or (self._was_killed(ending) and self._is_once_more(claim)):
+        if ending.kind == "stopped" or (_was_killed(ending) and self._is_once_more(claim)):
             self._queue.release(claim)
             return
         record = _record(ending, crew.target, crew.timeout)
         if self._queue.finish(claim, record) and record.outcome in FAULTS:
             crew.say(f"{cell_words(claim.settings)}: {record.outcome}: {record.error}")
-
-    def _was_killed(self, ending: Ending) -> bool:
-        return ending.kind == "died" and -ending.status in _KILLS
 
     def _is_once_more(self, claim: Claim) -> bool:
         return self._queue.count_kill(claim) < _MOST_KILLS
@@ -197,7 +194,10 @@ def check_target(target: Target, timeout: float | None = None) -> dict[str, str]
     Raises:
         InputError: It cannot be loaded, or the function cannot be called with settings.
     """
-    ending = run_cell(Order(target, None, timeout=timeout), stopped=lambda: False)
+    for _ in range(_MOST_KILLS):
+        ending = run_cell(Order(target, None, timeout=timeout), stopped=lambda: False)
+        if not _was_killed(ending):
+            break
     if ending.kind == "checked":
         return dict(ending.message["versions"])
     raise InputError(f"{target.path.name} cannot be used: {_outcome(ending, timeout)[1]}")
@@ -214,6 +214,10 @@ def cell_words(settings: Any) -> str:
         f"{settings['optimizer']}, lr {settings['lr']:.4g}, "
         f"weight decay {settings['weight_decay']:.4g}, seed {settings['seed']}"
     )
+
+
+def _was_killed(ending: Ending) -> bool:
+    return ending.kind == "died" and -ending.status in _KILLS
 
 
 def _record(ending: Ending, target: Target, timeout: float | None) -> Record:
