@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -245,6 +247,21 @@ def savers(path: Path) -> Iterator[Savers]:
     savers = Savers(path)
     yield savers
     savers.stop()
+
+
+def test_a_saver_waits_for_the_one_before(path: Path) -> None:
+    second = threading.Thread(target=save, args=(content(2), path))
+
+    def first(file: BinaryIO) -> None:
+        torch.save(content(1), file)
+        second.start()
+        second.join(timeout=0.3)
+        assert second.is_alive()
+
+    write_file(path, first)
+    second.join(timeout=60)
+    assert assert_whole(load(path)) == 2
+    assert assert_whole(load(previous_of(path))) == 1
 
 
 def test_savers_of_one_file_take_turns(path: Path, savers: Savers) -> None:
