@@ -74,5 +74,9 @@ def test_every_page_can_be_reached_from_the_first() -> None:
     assert {*(ROOT / "docs").rglob("*.md")} <= reached
 
 
-def test_the_readme_is_among_the_documents_and_has_snippets() -> None:
-    assert snippets((ROOT / "README.md").read_text(), "python")
+def test_the_readme_shows_every_verb_and_both_faces() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert {*VERBS} == set(re.findall(r"^\| `ebbtide ([a-z-]+)", text, re.MULTILINE))
+    code = "".join(block for _, block in snippets(text, "python"))
+    assert "from ebbtide.torch import" in code
+    assert "from ebbtide.numpy import" in code
