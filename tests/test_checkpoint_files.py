@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -135,6 +136,52 @@ def test_a_broken_file_never_replaces_a_whole_previous_one_alone(tmp_path: Path)
         patch.setattr(os, "link", watched("link"))
         save(content(3), path)
     assert seen == [1, 3, 3]
+
+
+def test_everything_is_on_the_disk_before_it_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append("fsync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        events.append(f"{source.name} becomes {target.name}")
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    save(content(1), path)
+    assert events == ["fsync .a.pt.new", ".a.pt.new becomes a.pt", f"fsync {tmp_path.name}"]
+    events.clear()
+    save(content(2), path)
+    assert events == [
+        "fsync .a.pt.new",
+        ".a.pt.new becomes a.pt",
+        ".a.pt.old becomes a.pt.previous",
+        f"fsync {tmp_path.name}",
+    ]
+
+
+def test_without_hard_links_the_previous_file_is_kept_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    for version in range(3):
+        save(content(version), path)
+    assert assert_whole(load(path)) == 2
+    assert assert_whole(load(previous_of(path))) == 1
+    flip_a_bit(path)
+    save(content(3), path)
+    assert assert_whole(load(path)) == 3
+    assert assert_whole(load(previous_of(path))) == 1
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:

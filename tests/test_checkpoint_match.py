@@ -162,6 +162,9 @@ def test_keep_keeps_what_hangs_together() -> None:
     ours = settings(base_lr=0.1)
     (new,), _ = merge([["a"]], [saved], [["a"]], [ours], keep="lr")
     assert new == {**ours, "weight_decay": 0.7}
+    scheduled = {**saved, "initial_weight_decay": 0.7}
+    (new,), _ = merge([["a"]], [scheduled], [["a"]], [ours], keep=["weight_decay"])
+    assert (new["weight_decay"], "initial_weight_decay" in new) == (0.5, False)
     with pytest.raises(ValueError, match="keep='learning_rate'"):
         merge([["a"]], [saved], [["a"]], [ours], keep=("learning_rate",))
 

@@ -190,17 +190,25 @@ def _put(temporary: Path, target: Path) -> None:
     """
     aside = target.with_name(f".{target.name}.old")
     aside.unlink(missing_ok=True)
-    try:
-        os.link(target, aside)
-    except FileNotFoundError:
+    if not target.exists():
         os.replace(temporary, target)
-    except OSError:  # no hard links here: for a moment there is the previous file only
-        os.replace(target, previous_of(target))
-        os.replace(temporary, target)
-    else:
+    elif _linked(target, aside):
         os.replace(temporary, target)
         os.replace(aside, previous_of(target))
+    else:  # for a moment there is the previous file only
+        if problem_of(target) is None:
+            os.replace(target, previous_of(target))
+        os.replace(temporary, target)
     _sync_folder(target.parent)
+
+
+def _linked(target: Path, link: Path) -> bool:
+    """Give a file a second name, where the file system has hard links."""
+    try:
+        os.link(target, link)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

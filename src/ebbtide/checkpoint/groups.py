@@ -16,7 +16,7 @@ IMPLEMENTATION = (
 )  # fmt: skip
 
 # Keys that stand or fall with another: a schedule's base and the decay's base follow the rate.
-_FOLLOW = {"lr": ("initial_lr", "base_lr")}
+_FOLLOW = {"lr": ("initial_lr", "base_lr"), "weight_decay": ("initial_weight_decay",)}
 _OWN = ("params", "param_names", "decay_policy", "decoupled_weight_decay")
 
 
