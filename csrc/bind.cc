@@ -104,7 +104,7 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     for (nb::handle extent : row.attr("extents"))
       e.layout.extents.push_back(nb::cast<int64_t>(extent));
     e.layout.format = r.param.format;
-    e.active = true;
+    e.active = e.reported = true;
     nb::dict watched = nb::cast<nb::dict>(state);
     e.state = watched.inc_ref().ptr();
     e.key = key.inc_ref().ptr();
@@ -257,6 +257,12 @@ NB_MODULE(_core, m) {
            nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
       .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none(),
            nb::arg("states").none())
+      .def("stepped",
+           [](BoundTable& table) -> nb::object {
+             PyObject* list = table.stepped();
+             if (PyErr_Occurred()) throw nb::python_error();
+             return list == nullptr ? nb::none() : nb::steal(list);
+           })
       .def("needed", &needed)
       .def("untouched", &untouched);
 }

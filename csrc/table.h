@@ -33,6 +33,7 @@ struct Entry {
   int32_t group = 0;
   int32_t bucket = 0;
   bool active = false;
+  bool reported = false;  // active when `stepped` was last asked
   int64_t untouched = 0;
 
   int64_t next_step() const {
@@ -171,6 +172,18 @@ class Table {
     return total;
   }
 
+  // The parameters that the last step took, or null if they are those told before.
+  PyObject* stepped() {
+    if (!changed_) return nullptr;
+    changed_ = false;
+    PyObject* list = PyList_New(0);
+    for (Entry& e : entries) {
+      e.reported = e.active;
+      if (e.active && list != nullptr && PyList_Append(list, e.param) != 0) Py_CLEAR(list);
+    }
+    return list;
+  }
+
   void release_grads() {
     for (Entry& e : entries) Py_CLEAR(e.grad);
   }
@@ -185,6 +198,7 @@ class Table {
     e.grad = grad;
     e.untouched = 0;
     e.active = false;
+    changed_ |= e.reported != (grad != Py_None);
     if (grad == Py_None) return true;
     if (e.state == nullptr) return false;  // its first gradient
     if (!e.keys.empty() && lookup(states, e) != e.state) return false;
@@ -296,6 +310,7 @@ class Table {
   std::vector<int64_t> offsets_;
   std::vector<double> partial_;
   std::vector<StepScalars> scalars_;
+  bool changed_ = false;
   int64_t elements_ = 0;
   int64_t elements_watched_ = 0;  // of all state arrays
   size_t refreshes_ = 0;

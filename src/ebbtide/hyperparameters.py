@@ -22,6 +22,7 @@ __all__ = [
     "known_keys",
     "numbers",
     "validate_group",
+    "validate_options",
     "validate_values",
 ]
 

@@ -139,6 +139,14 @@ class CompiledBackend:
         total = self._table.sum_squares(params, grads, states)
         return None if total is None else float(total)
 
+    def stepped(self) -> list[Any] | None:
+        """Return the parameters that the last `rerun` stepped; `None` if those of the one before.
+
+        Parameters rest while they have no gradient.
+        """
+        stepped: list[Any] | None = self._table.stepped()
+        return stepped
+
     def rerun(
         self,
         params: list[list[Any]] | None,

@@ -79,6 +79,9 @@ class PureBackend:
     def look(self, *_: object) -> None:
         """Do nothing: there is no table to look at."""
 
+    def stepped(self) -> None:
+        """Do nothing: no step was taken without a plan."""
+
     def rerun(self, *_: object) -> None:
         """Do nothing: there is no table to run again."""
 

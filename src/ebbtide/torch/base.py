@@ -171,21 +171,26 @@ class Optimizer(torch.optim.Optimizer):
         if not backend.buckets:  # a group has changed so much that the plan was forgotten
             return None
         params = [group["params"] for group in self.param_groups]
-        if self._plain:
-            return backend.rerun(params, None, self.state, buckets, 1.0, self._guards)
-        if self._meshes:
-            return None
-        verdict = judge(self, lambda: backend.look(params, None, self.state))
-        if verdict is None:
-            return None
-        if not verdict.apply:
-            return self._skip(verdict)
-        self._note(verdict)
-        looked = verdict.norm is not None
-        scale = float(verdict.scale)
-        return backend.rerun(
+        scale, looked = 1.0, False
+        if not self._plain:
+            if self._meshes:
+                return None
+            verdict = judge(self, lambda: backend.look(params, None, self.state))
+            if verdict is None:
+                return None
+            if not verdict.apply:
+                return self._skip(verdict)
+            self._note(verdict)
+            scale = float(verdict.scale)
+            looked = verdict.norm is not None
+        outcome = backend.rerun(
             None if looked else params, None, self.state, buckets, scale, self._guards
         )
+        if outcome is not None:
+            stepped = backend.stepped()
+            if stepped is not None:
+                self._stepped = stepped
+        return outcome
 
     @property
     def _plain(self) -> bool:
