@@ -55,10 +55,20 @@ def finish(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def opened(storage: str | Path, study: str = "") -> Sweep:
-    """Return a sweep as any other process sees it."""
+@contextmanager
+def looking_into(storage: str | Path, study: str = "") -> Iterator[Sweep]:
+    """Open a sweep as any other process sees it."""
     found = open_storage(str(storage), create=False)
-    return Sweep(found, find_study(found, study))
+    try:
+        yield Sweep(found, find_study(found, study))
+    finally:
+        found.close()
+
+
+def opened(journal: str | Path) -> Sweep:
+    """Return the one sweep in a journal as any other process sees it."""
+    with looking_into(journal) as sweep:
+        return sweep
 
 
 def trials(sweep: Sweep) -> list[Any]:

@@ -158,10 +158,8 @@ def test_a_cell_dies_with_the_process_that_watches_it(tmp_path: Path) -> None:
 
 
 def test_a_stopped_cell_ends_at_once(tmp_path: Path) -> None:
-    file = write_function(tmp_path, "open('on', 'w').close()\ntime.sleep(1000)")
+    order = Order(Target.at(write_function(tmp_path, "time.sleep(1000)"), "train"), SETTINGS)
     stop = threading.Event()
-    order = Order(Target.at(file, "train"), SETTINGS)
-    (tmp_path / "on").unlink(missing_ok=True)
     threading.Timer(0.5, stop.set).start()
     assert run_cell(order, stopped=stop.is_set).kind == "stopped"
 

@@ -236,7 +236,7 @@ def test_sqlite_takes_one_worker(tmp_path: Path) -> None:
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert b"another worker is at work on this file" in other.stderr
-    storage.optuna._backend.engine.dispose()
+    storage.close()
 
 
 def test_cells_that_another_sweep_finished_are_taken_over(tmp_path: Path) -> None:

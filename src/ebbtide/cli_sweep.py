@@ -292,8 +292,11 @@ def _opened(storage: str, workers: int, *, create: bool) -> Iterator[Storage]:
     from ebbtide.lab.sweep.storage import open_storage, storage_errors
 
     opened = open_storage(storage, create=create, workers=workers)
-    with storage_errors(opened.address):
-        yield opened
+    try:
+        with storage_errors(opened.address):
+            yield opened
+    finally:
+        opened.close()
 
 
 def _target_of(found: Sweep, file: Path | None) -> Target:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -147,24 +148,13 @@ class FileLocks:
 class PostgresLocks:
     """Advisory locks of a PostgreSQL server, held by one connection of this process.
 
-    A server notices within a minute that a machine is gone: it asks after 20 s without a word.
-
     Args:
-        url: SQLAlchemy's address of the database.
+        engine: SQLAlchemy's engine of the database.
         scope: Name of the study; another study has another queue.
     """
 
-    _KEEPALIVE = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
-
-    def __init__(self, url: Any, scope: str) -> None:
-        import hashlib
-
-        from sqlalchemy import create_engine
-
-        # Libpq itself does not take the options twice.
-        options = {} if "options" in url.query else {"options": self._KEEPALIVE}
-        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args=options)
-        self._connection = engine.connect()
+    def __init__(self, engine: Any, scope: str) -> None:
+        self._connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         self._thread = threading.RLock()
         self._depth = 0
         digest = hashlib.sha256(b"ebbtide " + scope.encode()).digest()
@@ -203,6 +193,12 @@ class PostgresLocks:
                 holder,
             )
         )
+
+    def close(self) -> None:
+        """Give all locks back."""
+        # A connection of the pool would keep them.
+        self._connection.detach()
+        self._connection.close()
 
     def _ask(self, question: str, key: int) -> Any:
         from sqlalchemy import text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,32 @@ class Storage:
         address: As it may be shown: without a password.
         optuna: Optuna's storage.
         folder: The folder that file names are relative to, if there is one.
-        url: SQLAlchemy's address, for a database server.
+        engine: SQLAlchemy's engine, for a database.
         file: The file, for a storage in one.
     """
 
     address: str
     optuna: Any
     folder: Path | None = None
-    url: Any = None
+    engine: Any = None
     file: Path | None = None
+    _held: list[PostgresLocks] = field(default_factory=list)
 
     def locks(self, study: str) -> Locks:
         """Return the locks of a study."""
         if self.file is not None:
             return FileLocks(_beside(self.file))
-        return PostgresLocks(self.url, study)
+        locks = PostgresLocks(self.engine, study)
+        self._held.append(locks)
+        return locks
+
+    def close(self) -> None:
+        """Close the connections to a database, with the locks they hold."""
+        for locks in self._held:
+            locks.close()
+        if self.engine is not None:
+            self.optuna.remove_session()
+            self.engine.dispose()
 
 
 def storage_folder(text: str) -> Path | None:
@@ -92,8 +103,21 @@ def open_storage(text: str, *, create: bool, workers: int = 0) -> Storage:
         if workers and not FileLocks(_beside(file)).try_hold(_SQLITE_WORKER):
             raise InputError("another worker is at work on this file. " + _SQLITE_REASON)
     with storage_errors(address):
-        storage = optuna.storages.get_storage(url.render_as_string(hide_password=False))
-    return Storage(address, storage, folder, url, file)
+        database = optuna.storages.RDBStorage(
+            url.render_as_string(hide_password=False), engine_kwargs=_engine_options(url)
+        )
+    storage = optuna.storages.get_storage(database)
+    return Storage(address, storage, folder, database.engine, file)
+
+
+def _engine_options(url: Any) -> dict[str, Any]:
+    if url.get_backend_name() != "postgresql" or "options" in url.query:
+        return {}
+    # The server looks after 20 s without a word whether a machine is still there, and gives up
+    # after another 30 s, so that the cells of a machine that lost power come back.
+    keepalive = ("idle=20", "interval=10", "count=3")
+    options = " ".join(f"-c tcp_keepalives_{option}" for option in keepalive)
+    return {"pool_pre_ping": True, "connect_args": {"options": options}}
 
 
 def _journal(path: Path, create: bool) -> Storage:
