@@ -205,7 +205,7 @@ class GroupReader:
         values = (len(group), *self._values(group))
         if self._prepared is not None and _same(self._seen, values):
             return self._prepared
-        checked = self._check(group, values)
+        checked = group if self._rates_alone(values) else self._check(group, values)
         policy, weight_decay = checked["decay_policy"], float(checked["weight_decay"])
         if not self._decays:
             weight_decay = 0.0
@@ -216,6 +216,24 @@ class GroupReader:
         # Tensors change in place, so they must be read in every step.
         self._seen = values if checked is group else None
         return self._prepared
+
+    def _rates_alone(self, values: tuple[Any, ...]) -> bool:
+        """Whether only lr and weight decay have changed, to plain numbers that are in range.
+
+        A schedule changes nothing else, in every step of every group; the whole check would
+        take longer than the step of a small model.
+        """
+        seen = self._seen
+        if seen is None or seen[0] != values[0] or seen[3:] != values[3:]:
+            return False
+        lr, weight_decay, policy = values[1:4]
+        if not (type(lr) is float is type(weight_decay)) or policy not in ("l2", "decoupled"):
+            return False
+        share = lr * weight_decay if policy == "decoupled" else 0.0
+        if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf and share < 1.0):
+            return False
+        self._checked = values
+        return True
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Check the group if it has changed, without reading tensors that were checked before."""

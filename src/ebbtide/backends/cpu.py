@@ -93,6 +93,7 @@ class CompiledBackend:
         self._exchange_api = exchange_api
         self._table: Any = None
         self._buckets: list[tuple[int, int]] = []
+        self._counts_steps = True
 
     def forget(self) -> None:
         """Drop the table: the next step plans anew."""
@@ -111,6 +112,7 @@ class CompiledBackend:
             by_name = self._exchange_api is None and row is not None
             table.add(param, group, row, state, row.name if by_name and row else param)
         self._table = table
+        self._counts_steps = plan.rule.counts_steps
         self._buckets = table.needed()
         return self._buckets
 
@@ -169,5 +171,8 @@ class CompiledBackend:
         untouched = self._table.step(params, grads, states, buckets, grad_scale, guard)
         if untouched < 0:
             return None
-        self._buckets = [(group, step + 1) for group, step in self._buckets]
+        if self._counts_steps:
+            self._buckets = [(group, step + 1) for group, step in self._buckets]
+        else:  # all later steps are alike
+            self._buckets = list(dict.fromkeys((group, 2) for group, _ in self._buckets))
         return Outcome(self._table.untouched() if untouched else [])
