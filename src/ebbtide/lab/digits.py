@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ebbtide.lab.optimizers import OptimizerSpec
 from ebbtide.lab.tasks import Arm, Cell, Metric, Outcomes, Task, Tick
-from ebbtide.lab.training import Part, Parts, StackTraining
+from ebbtide.lab.training import Course, Part, Parts, StackTraining, accuracy, loss
+from ebbtide.schedules import Constant, Cosine, Schedule
 
 __all__ = ["DigitsArm", "digits_task"]
 
@@ -36,7 +37,10 @@ class DigitsArm:
         train_size: Pictures trained on.
         validation_size: Pictures that settings are chosen by; the rest is the test.
         label_noise: Share of the training labels replaced by another digit.
-        metric: What the arm measures.
+        loss_scale: Factor of the loss that gradients are taken of.
+        schedule: Makes the lr's schedule from the number of steps.
+        decay_schedule: Makes the weight decay's schedule from the number of steps.
+        metric: What the arm measures: accuracy, or the loss if it is called so.
         loss_name: What the loss is.
     """
 
@@ -51,6 +55,9 @@ class DigitsArm:
     train_size: int = 400
     validation_size: int = 500
     label_noise: float = 0.2
+    loss_scale: float = 1.0
+    schedule: Callable[[int], Schedule] = Cosine
+    decay_schedule: Callable[[int], Schedule] = field(default=lambda _: Constant())
     metric: Metric = _ACCURACY
     loss_name: str = "cross-entropy (nats)"
 
@@ -66,10 +73,16 @@ class DigitsArm:
         """Train every cell under every seed, all of them as one stacked model."""
         parts = self.data(seeds)
         sizes = (parts.train.inputs.shape[-1], self.hidden, _CLASSES)
-        training = StackTraining(
-            spec, cells, seeds, parts, sizes=sizes, steps=self.steps, batch_size=self.batch_size
+        course = Course(
+            self.steps,
+            self.batch_size,
+            self.schedule(self.steps),
+            self.decay_schedule(self.steps),
+            self.loss_scale,
         )
-        return training.run(curve_points=curve_points, tick=tick)
+        training = StackTraining(spec, cells, seeds, parts, sizes=sizes, course=course)
+        score = loss if self.metric.name == "loss" else accuracy
+        return training.run(score=score, curve_points=curve_points, tick=tick)
 
     def data(self, seeds: Sequence[int]) -> Parts:
         """Return the training, validation and test parts, a row a seed."""

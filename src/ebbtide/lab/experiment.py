@@ -14,25 +14,20 @@ The protocol, fixed before any number is seen:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbtide.backends.cpu import one_thread
-from ebbtide.lab.errors import Stopped
 from ebbtide.lab.optimizers import OptimizerSpec, scaled_grid
+from ebbtide.lab.parallel import on_all_processors, stoppable
 from ebbtide.lab.statistics import Interval, bootstrap_mean, paired_difference
 from ebbtide.lab.tasks import Arm, Cell, Outcomes, Task, Tick
 
 __all__ = ["ArmResult", "Experiment", "Grid", "OptimizerResult", "Watcher", "run"]
-
-T = TypeVar("T")
 
 
 class Watcher(Protocol):
@@ -188,11 +183,7 @@ def run(experiment: Experiment, watcher: Watcher) -> tuple[ArmResult, ...]:
     pairs = [(arm, spec) for arm in arms for spec in experiment.specs]
     watcher.start(experiment.task.title, experiment.total_steps())
     stop = Event()
-
-    def tick(steps: int) -> None:
-        if stop.is_set():
-            raise Stopped
-        watcher.advance(steps)
+    tick = stoppable(watcher.advance, stop)
 
     def search(arm: Arm, spec: OptimizerSpec, seed: int) -> NDArray[np.float64]:
         return _search(experiment, arm, spec, seed, tick)
@@ -201,13 +192,15 @@ def run(experiment: Experiment, watcher: Watcher) -> tuple[ArmResult, ...]:
         return _measure(experiment, arm, spec, grid, tick)
 
     jobs = [(arm, spec, seed) for arm, spec in pairs for seed in experiment.selection_seeds]
-    searched = _map(search, jobs, stop)
+    searched = on_all_processors(search, jobs, stop)
     seeds = len(experiment.selection_seeds)
     grids = [
         _grid(experiment, arm, spec, searched[i * seeds : (i + 1) * seeds])
         for i, (arm, spec) in enumerate(pairs)
     ]
-    measured = _map(measure, [(*pair, g) for pair, g in zip(pairs, grids, strict=True)], stop)
+    measured = on_all_processors(
+        measure, [(*pair, g) for pair, g in zip(pairs, grids, strict=True)], stop
+    )
     count = len(experiment.specs)
     return tuple(
         ArmResult(arm, tuple(measured[i * count : (i + 1) * count])) for i, arm in enumerate(arms)
@@ -272,26 +265,3 @@ def _column(outcomes: Outcomes, index: int) -> Outcomes:
         outcomes.train_loss[:, keep],
         outcomes.test_loss[:, keep],
     )
-
-
-def _map(work: Callable[..., T], jobs: Iterable[tuple[object, ...]], stop: Event) -> list[T]:
-    """Return the results of the jobs in order, done on all processors.
-
-    The first failure, or Ctrl-C, stops the others at their next tick.
-    """
-    from threadpoolctl import threadpool_limits
-
-    # A thread a job: further threads of BLAS and the core would get in each other's way.
-    processors = len(os.sched_getaffinity(0))
-    with one_thread(), threadpool_limits(1), ThreadPoolExecutor(processors) as pool:
-        futures = [pool.submit(work, *job) for job in jobs]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failures = [error for future in done if (error := future.exception())]
-            if failures:
-                raise failures[0]
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]

@@ -64,13 +64,15 @@ class StackedMLP:
         log_total = top + np.log(np.exp(logits - top[..., None]).sum(axis=-1))
         return np.asarray((log_total - chosen).mean(axis=-1), np.float64)
 
-    def backward(self, inputs: Array, labels: NDArray[np.int64]) -> None:
-        """Write the gradients of the mean cross-entropy of a batch into `grads`."""
+    def backward(
+        self, inputs: Array, labels: NDArray[np.int64], *, loss_scale: float = 1.0
+    ) -> None:
+        """Write the gradients of `loss_scale` times a batch's mean cross-entropy into `grads`."""
         signals = self._forward(inputs)
         error = _softmax(signals.pop())
         starts, rows = np.ogrid[: labels.shape[0], : labels.shape[1]]
         error[starts, :, rows, labels] -= 1
-        error /= labels.shape[1]
+        error *= np.float32(loss_scale / labels.shape[1])
         for layer in reversed(range(len(self.weights))):
             signal = signals[layer]
             np.matmul(signal.swapaxes(-1, -2), error, out=self._weight_grads[layer])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from ebbtide.lab.optimizers import OptimizerSpec, numpy_optimizer
 from ebbtide.lab.stack import StackedMLP
 from ebbtide.lab.tasks import Cell, Outcomes, Tick
-from ebbtide.schedules import Cosine
+from ebbtide.schedules import Constant, Schedule
 
-__all__ = ["Part", "Parts", "StackTraining"]
+__all__ = ["Course", "Part", "Parts", "Score", "StackTraining", "accuracy", "loss"]
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 _STEPS_A_TICK = 10
+_UNSCHEDULED = Constant()
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,44 @@ class Parts:
     test: Part
 
 
+Score = Callable[[StackedMLP, Part], NDArray[np.float64]]
+"""Measures every network of a stack on one part of the data, (S, C)."""
+
+
+def accuracy(model: StackedMLP, part: Part) -> NDArray[np.float64]:
+    """Return the share of rows that each network gets right, in percent."""
+    right = model.logits(part.inputs).argmax(axis=-1) == part.labels[:, None]
+    return np.asarray(100 * right.mean(axis=-1), np.float64)
+
+
+def loss(model: StackedMLP, part: Part) -> NDArray[np.float64]:
+    """Return each network's mean cross-entropy in nats."""
+    return model.loss(part.inputs, part.labels)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a training run goes.
+
+    Attributes:
+        steps: Its length.
+        batch_size: Rows a step, at most the size of the training part.
+        schedule: Multiplier of the lr.
+        decay_schedule: Multiplier of the weight decay.
+        loss_scale: Factor of the loss that gradients are taken of.
+    """
+
+    steps: int
+    batch_size: int
+    schedule: Schedule
+    decay_schedule: Schedule = _UNSCHEDULED
+    loss_scale: float = 1.0
+
+
 class StackTraining:
     """S·C networks in training: C grid cells under each of S seeds.
 
-    The lr falls to zero along a cosine. Networks of the same seed share data, start and order.
+    Networks of the same seed share data, start and order.
 
     Args:
         spec: The optimizer.
@@ -49,8 +84,7 @@ class StackTraining:
         seeds: One for each row of `parts`.
         parts: The data.
         sizes: Widths of the networks' layers.
-        steps: Steps of the run.
-        batch_size: Rows a step, at most the size of the training part.
+        course: How the run goes.
     """
 
     def __init__(
@@ -61,8 +95,7 @@ class StackTraining:
         parts: Parts,
         *,
         sizes: Sequence[int],
-        steps: int,
-        batch_size: int,
+        course: Course,
     ) -> None:
         self._parts = parts
         self._model = StackedMLP(seeds, len(cells), sizes)
@@ -76,26 +109,28 @@ class StackTraining:
                 for params, cell in zip(members, settings, strict=True)
             ],
         )
-        self._lrs = [cell.lr for cell in settings]
-        self._schedule = Cosine(steps)
-        self._steps = steps
-        self._order = _batches(seeds, parts.train.labels.shape[1], steps, batch_size)
+        self._settings = settings
+        self._course = course
+        self._steps = course.steps
+        self._order = _batches(seeds, parts.train.labels.shape[1], course.steps, course.batch_size)
 
-    def run(self, *, curve_points: int, tick: Tick) -> Outcomes:
+    def run(self, *, score: Score = accuracy, curve_points: int, tick: Tick) -> Outcomes:
         """Train to the end and measure.
 
         Args:
+            score: The metric.
             curve_points: Points of the loss curves, evenly over the run; with 1, the end only.
             tick: Called with the steps done, summed over the networks.
         """
         measured = np.unique(np.linspace(self._steps, 0, curve_points).round().astype(np.int64))
         losses = []
-        networks = len(self._lrs)
+        networks = len(self._settings)
         with np.errstate(all="ignore"):  # a diverging network overflows, and that is a result
-            start_loss = self._loss(self._parts.train)
+            start_loss = loss(self._model, self._parts.train)
             for step in range(self._steps + 1):
                 if step in measured:
-                    losses.append((self._loss(self._parts.train), self._loss(self._parts.test)))
+                    parts = self._parts.train, self._parts.test
+                    losses.append([loss(self._model, part) for part in parts])
                 if step == self._steps:
                     break
                 self._step(step)
@@ -108,8 +143,8 @@ class StackTraining:
             # Not `>`: a loss that is NaN is no better than one that rose.
             diverged = ~(train_loss[..., -1] <= start_loss)
             return Outcomes(
-                validation=np.where(diverged, np.nan, self._accuracy(self._parts.validation)),
-                test=np.where(diverged, np.nan, self._accuracy(self._parts.test)),
+                validation=np.where(diverged, np.nan, score(self._model, self._parts.validation)),
+                test=np.where(diverged, np.nan, score(self._model, self._parts.test)),
                 diverged=diverged,
                 steps=measured,
                 train_loss=train_loss,
@@ -120,18 +155,14 @@ class StackTraining:
         rows = self._order[step]
         starts = np.arange(len(rows))[:, None]
         train = self._parts.train
-        self._model.backward(train.inputs[starts, rows], train.labels[starts, rows])
-        multiplier = self._schedule(step)
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = lr * multiplier
+        course = self._course
+        inputs, labels = train.inputs[starts, rows], train.labels[starts, rows]
+        self._model.backward(inputs, labels, loss_scale=course.loss_scale)
+        multiplier, decay_multiplier = course.schedule(step), course.decay_schedule(step)
+        for group, cell in zip(self._optimizer.param_groups, self._settings, strict=True):
+            group["lr"] = cell.lr * multiplier
+            group["weight_decay"] = cell.weight_decay * decay_multiplier
         self._optimizer.step(self._grads)
-
-    def _loss(self, part: Part) -> NDArray[np.float64]:
-        return self._model.loss(part.inputs, part.labels)
-
-    def _accuracy(self, part: Part) -> NDArray[np.float64]:
-        right = self._model.logits(part.inputs).argmax(axis=-1) == part.labels[:, None]
-        return np.asarray(100 * right.mean(axis=-1), np.float64)
 
 
 def _batches(seeds: Sequence[int], size: int, steps: int, batch_size: int) -> NDArray[np.int64]:
