@@ -127,6 +127,17 @@ def test_who_lost_a_cell_cannot_end_it(tmp_path: Path) -> None:
     assert [t.value for t in trials(second) if t.state.is_finished()] == [2.0]
 
 
+def test_who_dies_before_putting_its_name_to_a_cell_does_not_keep_it(tmp_path: Path) -> None:
+    alive, dies = sweep(tmp_path), sweep(tmp_path)
+    alive.queue.fill()
+    alive.queue.hold()
+    claim = alive.queue.claim()
+    assert claim is not None
+    alive.queue.release(claim)
+    dies.queue._study.ask()
+    assert sweep(tmp_path).queue.recover() == 1
+
+
 def test_a_failure_is_final_until_it_is_retried(tmp_path: Path) -> None:
     found = sweep(tmp_path)
     found.queue.fill()

@@ -196,6 +196,7 @@ class _Ending:
 def _sweep(
     text: str, request: Request, run: _Run, ending: _Ending, storage: str, study: str | None
 ) -> None:
+    from ebbtide.lab.optimizers import OPTIMIZERS
     from ebbtide.lab.sweep.results import read
     from ebbtide.lab.sweep.storage import storage_folder
     from ebbtide.lab.sweep.study import Sweep, check_name, file_name
@@ -206,6 +207,8 @@ def _sweep(
     definition = request.definition(file_name(target, storage_folder(storage)), target.function)
     name = check_name(study or definition.name)
     ending.check(name)
+    for unknown in [name for name in definition.optimizers if name not in OPTIMIZERS]:
+        typer.echo(f"{unknown} is none of {', '.join(OPTIMIZERS)}: {target} makes it", err=True)
     versions = check_target(target, run.timeout)
     with _opened(storage, run.workers, create=True) as opened:
         found = Sweep(opened, name, definition)

@@ -110,7 +110,7 @@ class Queue:
         with self._locks.queue():
             lost = [trial for trial in self._trials(self._states.RUNNING) if self._is_lost(trial)]
             for trial in lost:
-                self._storage.set_trial_state_values(trial._trial_id, self._states.WAITING)
+                self._give_back(trial._trial_id)
             return len(lost)
 
     def retry_failed(self) -> int:
@@ -152,7 +152,7 @@ class Queue:
         """Give a cell back to the queue."""
         with self._locks.queue():
             if self._is_mine(claim):
-                self._storage.set_trial_state_values(claim.trial._trial_id, self._states.WAITING)
+                self._give_back(claim.trial._trial_id)
 
     def count_kill(self, claim: Claim) -> int:
         """Count that a cell's process was killed from outside; return how often it was by now."""
@@ -235,8 +235,18 @@ class Queue:
         if not trial.state.is_finished():
             return None
         if trial.number not in self._read:
-            self._read[trial.number] = Record.from_dict(trial.user_attrs[_RECORD])
+            content = trial.user_attrs.get(_RECORD)
+            self._read[trial.number] = (
+                Record(Outcome.FAILED, error="another program ended it")
+                if content is None
+                else Record.from_dict(content)
+            )
         return self._read[trial.number]
+
+    def _give_back(self, trial_id: int) -> None:
+        # Nobody's first: who takes it next may die before it has put its own name to it.
+        self._storage.set_trial_user_attr(trial_id, _OWNER, None)
+        self._storage.set_trial_state_values(trial_id, self._states.WAITING)
 
     def _is_lost(self, trial: Any) -> bool:
         owner = trial.user_attrs.get(_OWNER)

@@ -155,11 +155,15 @@ class _Shift:
             timeout=crew.timeout,
             threads=max(1, len(os.sched_getaffinity(0)) // crew.count),
         )
-        ending = run_cell(
-            order,
-            stopped=self._stop.is_set,
-            hopeless=lambda curve: definition.prune and self._is_hopeless(claim, curve),
-        )
+        try:
+            ending = run_cell(
+                order,
+                stopped=self._stop.is_set,
+                hopeless=lambda curve: definition.prune and self._is_hopeless(claim, curve),
+            )
+        except BaseException:
+            self._queue.release(claim)
+            raise
         if ending.kind == "changed":
             self._queue.release(claim)
             raise InputError(f"{crew.target.path.name} was changed while the sweep was running")
