@@ -154,11 +154,15 @@ PyType_Slot table_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)}
                              {Py_tp_clear, reinterpret_cast<void*>(clear)},
                              {0, nullptr}};
 
-int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
-  const Busy busy(table.busy);
+int64_t run_alone(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
   const std::vector<Bucket> read = read_buckets(buckets);
   nb::gil_scoped_release release;
   return table.run(read.data(), int64_t(read.size()), grad_scale, guard);
+}
+
+int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
+  const Busy busy(table.busy);
+  return run_alone(table, buckets, grad_scale, guard);
 }
 
 // What a step is checked against: the parameters of each group, their gradients, all state.
@@ -174,8 +178,9 @@ bool refresh(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle 
 int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states,
              const nb::list& buckets, double grad_scale, bool guard) {
   const NoCollection off;
+  const Busy busy(table.busy);
   if (!groups.is_none() && !refresh(table, groups, grads, states)) return Table::kStale;
-  const int64_t result = run(table, buckets, grad_scale, guard);
+  const int64_t result = run_alone(table, buckets, grad_scale, guard);
   table.release_grads();
   return result;
 }

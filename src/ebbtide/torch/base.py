@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ebbtide.backends import torch_ops
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.backends.torch_ops import TensorRow, Verdict
@@ -21,12 +20,13 @@ from ebbtide.hyperparameters import (
     validate_values,
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
-from ebbtide.rules import Rule, Scalars
+from ebbtide.rules import Rule
 from ebbtide.torch import ranks
 from ebbtide.torch.checkpoint import load_state_dict
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
 from ebbtide.torch.judgement import judge, judge_plan, looks_first
 from ebbtide.torch.rows import Planner
+from ebbtide.torch.running import run_plan
 from ebbtide.torch.tensors import check_group
 from ebbtide.torch.validation import (
     check_dtypes,
@@ -97,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped: list[torch.Tensor] = []
         self._meshes: list[Any] = []  # of DTensors; every rank of them takes part in a step
         self._warned_no_gradients = False
+        self._calls = 0
+        self._planning = False
         self._in_backward: InBackward | None = None  # set by step_in_backward
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -150,12 +152,12 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.last_step_skipped = False
+        self._calls += 1
         if self._in_backward is not None:
             self._in_backward.finish(self)
         outcome = self._rerun()
         if outcome is None:
-            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-                outcome = self._plan_and_run()
+            outcome = self._plan_alone()
         if self._stepped and self.last_step_skipped is False:
             torch._C._increment_version(self._stepped)
         if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
@@ -202,6 +204,16 @@ class Optimizer(torch.optim.Optimizer):
         """Whether non-finite elements are left untouched; under a GradScaler, it decides."""
         return self.nonfinite != "propagate" and not hasattr(self, "found_inf")
 
+    def _plan_alone(self) -> Outcome:
+        if self._planning:
+            raise RuntimeError("this optimizer is already stepping in another thread")
+        self._planning = True
+        try:
+            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+                return self._plan_and_run()
+        finally:
+            self._planning = False
+
     def _plan_and_run(self) -> Outcome:
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
         planner = Planner(self._rule, self.state)
@@ -215,54 +227,11 @@ class Optimizer(torch.optim.Optimizer):
         verdict = judge_plan(self, planner, new_backend)
         if verdict.apply is False:
             return self._skip(verdict)
-        return self._run(planner, verdict)
-
-    def _run(self, planner: Planner, verdict: Verdict) -> Outcome:
-        """Take the step of a new plan: the first write."""
-        planner.commit()
-        plan = planner.plan
-        keys = self._backend.load(plan)
-        hosted = [row for row in planner.tensors if not self._reads_on_device(row)]
-        wanted = dict.fromkeys([*keys, *((row.group, row.next_step()) for row in hosted)])
-        buckets = self._buckets(list(wanted))
-        outcome = Outcome([])
-        if keys:
-            outcome = self._backend.run(
-                plan, buckets, grad_scale=float(verdict.scale), guard=self._guards
-            )
-        for target, copy in planner.staged:
-            target.copy_(copy)
-        if planner.tensors:
-            scalars = dict(zip(wanted, (bucket.scalars for bucket in buckets), strict=True))
-            outcome.untouched.extend(self._run_tensors(planner.tensors, scalars, verdict))
+        outcome = run_plan(self, planner, verdict)
         self._note(verdict)
-        self._stepped = [plan.entries[i][0] for i, _, _ in plan.rows()]
+        self._stepped = [planner.plan.entries[i][0] for i, _, _ in planner.plan.rows()]
         self._warn_without_gradients(planner)
         return outcome
-
-    def _run_tensors(
-        self, rows: list[TensorRow], scalars: Mapping[tuple[int, int], Scalars], verdict: Verdict
-    ) -> list[tuple[int, int]]:
-        def scalars_of(row: TensorRow) -> Scalars:
-            step = row.next_step()
-            if self._reads_on_device(row):
-                group = self.param_groups[row.group]
-                return torch_ops.tensor_scalars(self._rule, group, step)
-            return scalars[row.group, step]
-
-        counted = not any(row.capturable for row in rows)
-        return torch_ops.run(
-            self._rule, rows, scalars_of, verdict, guard=self._guards, counted=counted
-        )
-
-    def _reads_on_device(self, row: TensorRow) -> bool:
-        """Whether a row's scalars are computed from tensors, without reading those."""
-        group = self.param_groups[row.group]
-        values = (group["lr"], group["weight_decay"], *group.get("betas", ()))
-        return row.counts_on_device or any(
-            isinstance(value, torch.Tensor) and (value.requires_grad or not value.is_cpu)
-            for value in values
-        )
 
     def _note(self, verdict: Verdict) -> None:
         """Keep what a verdict says, for the user to read."""
@@ -325,7 +294,8 @@ class Optimizer(torch.optim.Optimizer):
         if not outcome.untouched:
             raise FloatingPointError("non-finite gradient on another rank, which names it")
         rows = [(flat[i][0], count, flat[i][1].numel()) for i, count in outcome.untouched]
-        step = self.state[flat[outcome.untouched[0][0]][1]].get("step", 0)
+        # SGD keeps no count; where it has none, that of the calls since it was made or loaded.
+        step = self.state.get(flat[outcome.untouched[0][0]][1], {}).get("step", self._calls)
         raise FloatingPointError(nonfinite_message(rows, int(step)))
 
     def check(
