@@ -1,9 +1,9 @@
 """The rules in vectorised torch operations: right wherever torch runs, and differentiable.
 
 The path for what the compiled kernels do not take: other devices, `differentiable=True`, steps
-captured in a graph, tensor subclasses, sparse gradients. The lines follow `reference.py`, and
-float64 on the CPU equals it bit for bit. Nothing here waits for a device, unless the caller asks
-for the counts of elements left untouched.
+captured in a graph, tensor subclasses, sparse gradients. The lines follow `reference.py`; float64
+differs from it by torch's square root, which now and then is an ulp off. Nothing here waits for a
+device, unless the caller asks for the counts of elements left untouched.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def run_plan(optimizer: Optimizer, planner: Planner, verdict: Verdict) -> Outcom
     if planner.tensors:
         scalars = dict(zip(wanted, (bucket.scalars for bucket in buckets), strict=True))
         outcome.untouched.extend(_run_tensors(optimizer, planner.tensors, scalars, verdict))
+        outcome.untouched.sort()
     return outcome
 
 
