@@ -3,7 +3,8 @@
     ebbtide sweep examples/sweep_digits.py:train --optimizer adamw,adam,sgdw --seeds 3 \
         --lr 1e-4..1e-1:7 --lr sgdw=1e-3..1:7 --weight-decay 1e-2..10:7 --workers 2
 
-It needs NumPy and scikit-learn only, and a cell takes about half a second.
+It needs NumPy and scikit-learn only. A cell takes about two seconds, half of it the import of
+scikit-learn.
 """
 
 from __future__ import annotations

@@ -49,6 +49,10 @@ def record(file: Path, **options: object) -> Record:
         ("os._exit(0)", Outcome.FAILED, None, "ended (status 0) before the function returned"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", Outcome.FAILED, None, "ended by SIGSEGV"),
         ("class E(Exception):\n    def __str__(self): 1/0\nraise E", Outcome.FAILED, None, "E: "),
+        ("input()", Outcome.FAILED, None, "EOFError"),
+        ("os.closerange(3, 99); return 1", Outcome.FAILED, None, "(status 1) before the function"),
+        ("os.fork(); return s.seed", Outcome.FINISHED, 3.0, ""),
+        ("os.chdir('/'); return 1", Outcome.FINISHED, 1.0, ""),
         ("raise KeyboardInterrupt", Outcome.FAILED, None, "KeyboardInterrupt"),
         ("import no_such_module", Outcome.FAILED, None, "No module named 'no_such_module'"),
         ("raise ValueError('\\ud800 \\x1b[31m')", Outcome.FAILED, None, "ValueError: ? "),
@@ -207,6 +211,24 @@ def test_a_file_is_imported_from_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("VALUE = 4")
     file = write_function(tmp_path, "from beside import VALUE\nreturn VALUE", "random.py")
     assert record(file).value == 4
+
+
+def test_a_file_is_compiled_by_its_own_rules(tmp_path: Path) -> None:
+    file = write_function(tmp_path, "return train.__annotations__['s'] is int")
+    file.write_text(file.read_text().replace("train(s)", "train(s: int)"))
+    assert record(file).value == 1
+
+
+def test_processes_that_the_function_spawns_find_it(tmp_path: Path) -> None:
+    body = """
+    import multiprocessing
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(double, [4])[0]
+    """
+    file = write_function(tmp_path, body)
+    file.write_text(file.read_text() + "\ndef double(x): return 2 * x\n")
+    found = record(file)
+    assert found.value == 8, found
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _load(path: Path, name: str, sha256: str) -> Callable[[Settings], Any]:
     sys.argv = [str(path)]
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
     module = _module("ebbtide_sweep_target" if taken else path.stem, path)
-    exec(compile(content, str(path), "exec"), module.__dict__)
+    exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     function = getattr(module, name, None)
     if not callable(function):
         raise TypeError(f"{path.name} defines no function {name!r}")
