@@ -1,12 +1,4 @@
-"""The NumPy face: AdamW, Adam and SGD over arrays, updated in place.
-
-    optimizer = AdamW({"w": w, "b": b}, lr=1e-3, weight_decay=1e-2)
-    optimizer.step({"w": dw, "b": db})
-
-State is created at the first gradient of an array, and its steps are counted from there. Views,
-Fortran order and arrays with gaps are stepped rightly; overlapping or read-only memory is refused
-by name before anything is written.
-"""
+"""What AdamW, Adam and SGD over arrays share: groups, plan, step, state."""
 
 from __future__ import annotations
 
@@ -19,7 +11,7 @@ import numpy as np
 
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
-from ebbtide.checkpoint import CheckpointError, Slot, lacking, prepare
+from ebbtide.checkpoint import CheckpointError, Slot, prepare
 from ebbtide.hyperparameters import (
     GroupReader,
     numbers,
@@ -27,41 +19,25 @@ from ebbtide.hyperparameters import (
     validate_options,
     validate_values,
 )
+from ebbtide.numpy.loading import alike, loaded
+from ebbtide.numpy.rows import Array, check_grad, check_param, row_of
 from ebbtide.plan import (
     Bucket,
-    Field,
-    Format,
     Outcome,
     Plan,
-    Row,
     clip_scale,
-    extents_of,
-    layout_of,
     nonfinite_message,
-    salt_of,
 )
-from ebbtide.rules import ADAM, Rule
-from ebbtide.rules import SGD as SGD_RULE
+from ebbtide.rules import Rule
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = ["DecayMask", "Grads", "Optimizer", "Params"]
 
-Array = np.ndarray[Any, Any]
 Params = Mapping[str, Array] | Sequence[Array] | Sequence[Mapping[str, Any]]
 Grads = Mapping[str, Array | None] | Sequence[Array | None]
 DecayMask = Mapping[str, bool] | Callable[[str, Array], bool]
 
-_FORMATS = {"<f4": Format.FLOAT32, "<f8": Format.FLOAT64, "<f2": Format.FLOAT16}
 
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def _strides(array: Array) -> tuple[int, ...]:
-    return tuple(stride // array.itemsize for stride in array.strides)
-
-
-class _Optimizer:
+class Optimizer:
     """What AdamW, Adam and SGD share: groups, plan, step, state."""
 
     _rule: Rule
@@ -114,7 +90,7 @@ class _Optimizer:
         for name, array in added["params"].items():
             if name in self._names:
                 raise ValueError(f"array {name!r} appears in more than one place")
-            _check_param(name, array)
+            check_param(name, array)
         self.param_groups.append(added)
         self._lay_out()
 
@@ -141,7 +117,7 @@ class _Optimizer:
             )
 
     def _lay_out(self) -> None:
-        """Put the arrays in the order of the plan: of each group those that decay, then the rest."""
+        """Order the arrays as the plan does: of each group those that decay, then the rest."""
         self._order: list[tuple[str, Array, int]] = []
         for index, group in enumerate(self.param_groups):
             decays = {
@@ -248,12 +224,12 @@ class _Optimizer:
             if grad is None:
                 plan.entries.append((array, part, None, None))
                 continue
-            _check_grad(name, array, grad)
+            check_grad(name, array, grad)
             group = self.param_groups[part // 2]
             state, fresh = self._state_of(name, array, group)
             if fresh:
                 created[name] = state
-            row, copy = _row(name, array, grad, state, self._rule.state_keys(group), fresh)
+            row, copy = row_of(name, array, grad, state, self._rule.state_keys(group), fresh)
             if copy is not None:
                 staged.append((array, copy))
             plan.cacheable &= not row.keep
@@ -320,12 +296,12 @@ class _Optimizer:
                 for name, array in group["params"].items()
             )
         ]
-        loading = prepare(self._rule, type(self).__name__, state_dict, slots, groups, keep, _alike)
+        loading = prepare(self._rule, type(self).__name__, state_dict, slots, groups, keep, alike)
         state: dict[str, dict[str, Array]] = {}
         for position, values in loading.states.items():
             name, number = str(slots[position].name), slots[position].group
             try:
-                state[name] = _loaded(
+                state[name] = loaded(
                     self._rule, name, self._names[name], loading.groups[number], values
                 )
             except CheckpointError as error:
@@ -340,188 +316,6 @@ class _Optimizer:
             group.update(new)
         self.state = state
         self._lay_out()
-
-
-class AdamW(_Optimizer):
-    """Adam with decoupled weight decay, over NumPy arrays.
-
-    The formula is `ebbtide.reference.adam`; what `weight_decay` removes is
-    `ebbtide.weight_decay.decay_share`.
-
-    Args:
-        params: Arrays by name, a list of arrays, or a list of groups, each a mapping with
-            `params` and hyperparameters of its own. float16, float32 or float64, updated in place.
-        lr: Learning rate, at least 0; change it in `param_groups` between steps.
-        betas: Decay rates of the two moving averages, each in [0, 1).
-        eps: Added to the denominator, at least 0.
-        weight_decay: λ, at least 0, in the convention of `decay_policy`.
-        amsgrad: Divide by the running maximum of the second moment.
-        maximize: Climb instead of descend.
-        decay_policy: `"l2"`, `"decoupled"`, `"independent"` or `"corrected"`.
-        cautious: Decay only where the step moves a parameter towards zero.
-        base_lr: Learning rate that `independent` and `corrected` divide by; the group's lr if `None`.
-        bias_correction: Divide the moments by 1 - βᵗ.
-        decay_mask: Which arrays decay: a mapping from every name to a bool, or a function of name
-            and array. By default arrays of two dimensions or more.
-        nonfinite: `"raise"` leaves elements with a non-finite gradient untouched and raises after the step;
-            `"skip"` drops the whole step; `"propagate"` computes with them.
-        clip_grad_norm: Clip the global norm of all gradients to this; the gradients are not written.
-
-    Raises:
-        TypeError, ValueError: Named after the array or hyperparameter at fault.
-
-    Example:
-        >>> import numpy as np
-        >>> w, b = np.ones((2, 2), np.float32), np.zeros(2, np.float32)
-        >>> optimizer = AdamW({"w": w, "b": b}, lr=0.1, weight_decay=0.5)
-        >>> optimizer.step({"w": np.zeros((2, 2), np.float32), "b": np.ones(2, np.float32)})
-        >>> w[0].round(6).tolist() == [np.float32(0.95)] * 2, (-b).round(6)
-        (True, array([0.1, 0.1], dtype=float32))
-
-    References:
-        Loshchilov & Hutter 2019, arXiv:1711.05101. Deviation: the default policy multiplies λ by
-        lr, as PyTorch does; `decay_policy="independent"` is the paper's.
-    """
-
-    _rule = ADAM
-    _default_policy = "decoupled"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        decay_policy: str | None = None,
-        cautious: bool = False,
-        base_lr: float | None = None,
-        bias_correction: bool = True,
-        decay_mask: DecayMask | None = None,
-        nonfinite: str = "raise",
-        clip_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decay_policy": decay_policy or self._default_policy,
-            "cautious": cautious,
-            "base_lr": base_lr,
-            "bias_correction": bias_correction,
-            "seed": 0,
-        }
-        super().__init__(
-            params,
-            defaults,
-            decay_mask=decay_mask,
-            nonfinite=nonfinite,
-            clip_grad_norm=clip_grad_norm,
-        )
-
-
-class Adam(AdamW):
-    """Adam; its weight decay is L2 unless `decay_policy` says otherwise. Arguments as in `AdamW`.
-
-    Example:
-        >>> import numpy as np
-        >>> w = np.ones(3)
-        >>> Adam([w], lr=0.1).step([np.full(3, 7.0)])
-        >>> w.round(6).tolist()
-        [0.9, 0.9, 0.9]
-
-    References:
-        Kingma & Ba 2015, arXiv:1412.6980.
-    """
-
-    _default_policy = "l2"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-
-
-class SGD(_Optimizer):
-    """Stochastic gradient descent; with `decay_policy="decoupled"` it is SGDW.
-
-    The formula is `ebbtide.reference.sgd`.
-
-    Args:
-        params: As in `AdamW`.
-        lr: Learning rate, at least 0.
-        momentum: Share of the buffer kept, at least 0; 0 keeps no buffer.
-        dampening: Share of the gradient left out of the buffer, not applied at the first step.
-        weight_decay: λ, at least 0, in the convention of `decay_policy`.
-        nesterov: Look ahead by one more share of the buffer.
-        maximize: Climb instead of descend.
-        decay_policy: As in `AdamW`; `"l2"` by default.
-        cautious: As in `AdamW`.
-        base_lr: As in `AdamW`.
-        decay_mask: As in `AdamW`.
-        nonfinite: As in `AdamW`.
-        clip_grad_norm: As in `AdamW`.
-
-    Example:
-        >>> import numpy as np
-        >>> w = np.ones((1, 2))
-        >>> SGD([w], lr=0.1, weight_decay=0.5, decay_policy="decoupled").step([np.ones((1, 2))])
-        >>> w.round(6).tolist()
-        [[0.85, 0.85]]
-    """
-
-    _rule = SGD_RULE
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        decay_policy: str = "l2",
-        cautious: bool = False,
-        base_lr: float | None = None,
-        decay_mask: DecayMask | None = None,
-        nonfinite: str = "raise",
-        clip_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "decay_policy": decay_policy,
-            "cautious": cautious,
-            "base_lr": base_lr,
-            "bias_correction": True,
-            "seed": 0,
-        }
-        super().__init__(
-            params,
-            defaults,
-            decay_mask=decay_mask,
-            nonfinite=nonfinite,
-            clip_grad_norm=clip_grad_norm,
-        )
 
 
 def _as_groups(params: Params) -> list[Mapping[str, Any]]:
@@ -539,127 +333,3 @@ def _named(params: Any, *, start: int) -> dict[str, Array]:
     if isinstance(params, Mapping):
         return dict(params)
     return {str(start + i): array for i, array in enumerate(params)}
-
-
-def _check_param(name: str, array: Any) -> None:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"array {name!r} is a {type(array).__name__}, not a NumPy array")
-    if array.dtype.str not in _FORMATS:
-        raise TypeError(
-            f"array {name!r} has dtype {array.dtype}; float16, float32 and float64 can be stepped"
-        )
-    if not array.flags.writeable:
-        raise ValueError(f"array {name!r} is read-only: it is updated in place; pass a copy")
-    if layout_of(array.shape, _strides(array)) == "overlapping":
-        raise ValueError(
-            f"elements of array {name!r} share memory (strides {array.strides}): a step would "
-            "update them more than once; pass a copy"
-        )
-
-
-def _check_grad(name: str, array: Array, grad: Any) -> None:
-    _check_param(name, array)  # flags can change after construction
-    if not isinstance(grad, np.ndarray):
-        raise TypeError(f"gradient of {name!r} is a {type(grad).__name__}, not a NumPy array")
-    if grad.dtype != array.dtype:
-        raise TypeError(
-            f"gradient of {name!r} has dtype {grad.dtype}, the array {array.dtype}; convert it"
-        )
-    if grad.shape != array.shape:
-        raise ValueError(f"gradient of {name!r} has shape {grad.shape}, the array {array.shape}")
-
-
-def _row(
-    name: str,
-    array: Array,
-    grad: Array,
-    state: Mapping[str, Array],
-    keys: Sequence[str],
-    fresh: bool,
-) -> tuple[Row, Array | None]:
-    """Describe one array as a row; a copy to write back where the array has gaps."""
-    copy = None
-    if layout_of(array.shape, _strides(array)) != "dense":
-        copy = array = np.ascontiguousarray(array)
-    keep: list[object] = [] if copy is None else [copy]
-    for each in (grad, *(state[key] for key in keys)):
-        if extents_of(each.shape, _strides(each)) != extents_of(array.shape, _strides(array)):
-            keep.append(each)
-    if keep:  # something lies differently: work on copies in the array's layout
-        relaid = np.empty_like(array)
-        relaid[...] = grad
-        grad = relaid
-        keep.append(relaid)
-    row = Row(
-        name=name,
-        numel=array.size,
-        param=_field(array),
-        grad=_field(grad),
-        state=tuple(_field(state[key]) for key in keys),
-        extents=extents_of(array.shape, _strides(array)),
-        stochastic=array.dtype == np.float16,
-        run_length=array.size,
-        salt=salt_of(name),
-        step_address=_address(state["step"]) if "step" in state else 0,
-        count=0 if fresh else 1,
-        keep=tuple(keep),
-    )
-    return row, copy
-
-
-def _field(array: Array) -> Field:
-    return Field(_address(array), 0, _FORMATS[array.dtype.str])
-
-
-def _alike(mine: Any, saved: Any) -> Any:
-    """Turn a saved hyperparameter into the kind that ours is: a number or a tuple."""
-    if isinstance(mine, tuple) and isinstance(saved, list | tuple):
-        return tuple(_alike(each, value) for each, value in zip(mine, saved, strict=False))
-    return saved.item() if hasattr(saved, "item") else saved
-
-
-def _loaded(
-    rule: Rule, name: str, array: Array, group: Mapping[str, Any], saved: Mapping[str, Any]
-) -> dict[str, Array]:
-    saved = {key: value for key, value in saved.items() if value is not None}
-    missing = lacking(rule, group, saved)
-    if missing:
-        raise CheckpointError(f"{name!r} lacks {', '.join(missing)}")
-    state = {}
-    for key, value in saved.items():
-        values = _as_array(value)
-        if key == "step":
-            state[key] = values.astype(np.float32).reshape(()).copy()
-        else:
-            _check_state(name, key, values, array)
-            state[key] = np.empty_like(array, dtype=_state_dtype(key, values, array), subok=False)
-            state[key][...] = values
-    return state
-
-
-def _as_array(value: Any) -> Array:
-    """Return an array of a saved value; a bfloat16 tensor becomes float32, as NumPy lacks it."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    return np.asarray(value)
-
-
-def _check_state(name: str, key: str, values: Array, array: Array) -> None:
-    if values.shape != array.shape:
-        raise CheckpointError(f"{name!r} has {key} of shape {values.shape}")
-    if values.dtype.str not in _FORMATS:
-        raise CheckpointError(f"{name!r} has {key} of dtype {values.dtype}")
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{name!r} has {key} that holds NaN or infinity")
-    if key.endswith("_sq") and (values < 0).any():
-        raise CheckpointError(f"{name!r} has {key} that holds the negative value {values.min():g}")
-
-
-def _state_dtype(key: str, values: Array, array: Array) -> str:
-    """Return the saved dtype, where a step can work with it; see `ebbtide.torch.checkpoint`."""
-    if np.float64 in (values.dtype, array.dtype):
-        return str(array.dtype.str)
-    if key.endswith("_sq") and values.dtype == np.float16:
-        return "<f4"
-    return str(values.dtype.str)
