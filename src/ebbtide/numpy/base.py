@@ -206,8 +206,10 @@ class Optimizer:
                 self.skipped_steps += 1
                 self._backend.forget()
                 return Outcome([])
-            if math.isfinite(total):
-                scale = clip_scale(total, self.clip_grad_norm)
+            if self.nonfinite == "raise" and not math.isfinite(total):
+                total = _finite_sum_squares(given)  # the others are clipped by their own norm
+                self.last_grad_norm = math.sqrt(total)
+            scale = clip_scale(total, self.clip_grad_norm)
         self.state.update(created)
         guard = self.nonfinite != "propagate"
         outcome = self._backend.run(plan, buckets, grad_scale=scale, guard=guard)
@@ -333,3 +335,13 @@ def _named(params: Any, *, start: int) -> dict[str, Array]:
     if isinstance(params, Mapping):
         return dict(params)
     return {str(start + i): array for i, array in enumerate(params)}
+
+
+def _finite_sum_squares(grads: Sequence[Array | None]) -> float:
+    return float(
+        sum(
+            np.square(grad[np.isfinite(grad)], dtype=np.float64).sum()
+            for grad in grads
+            if grad is not None
+        )
+    )
