@@ -100,7 +100,9 @@ def test_a_cell_that_is_killed_again_and_again_fails_in_the_end(tmp_path: Path) 
     assert lines(tmp_path / "log") == ["xxxxx"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_and_sigterm_leave_everything_resumable(
     tmp_path: Path, number: signal.Signals
 ) -> None:
