@@ -9,6 +9,8 @@ from ebbtide.torch.explain import explain as explain
 from ebbtide.torch.groups import ParamGroups as ParamGroups
 from ebbtide.torch.groups import param_groups as param_groups
 from ebbtide.torch.in_backward import step_in_backward as step_in_backward
+from ebbtide.torch.monitor import DecayMonitor as DecayMonitor
+from ebbtide.torch.monitor import decay_in_force as decay_in_force
 from ebbtide.torch.optimizers import SGD as SGD
 from ebbtide.torch.optimizers import Adam as Adam
 from ebbtide.torch.optimizers import AdamW as AdamW
@@ -21,9 +23,11 @@ __all__ = [
     "Adam",
     "AdamW",
     "CheckpointError",
+    "DecayMonitor",
     "MemoryEstimate",
     "ParamGroups",
     "Scheduler",
+    "decay_in_force",
     "estimate",
     "explain",
     "gradient_scales",
