@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -201,3 +202,23 @@ def test_an_unknown_study_names_those_that_there_are(console: Console) -> None:
         "ebbtide: sweeps.journal holds no study 'two'; the names are: one, other\n"
     )
     assert "several studies that begin with 'o'" in console("report", "o")[2]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("optuna", "lab"), ("matplotlib", "lab"), ("psycopg", "postgres")]
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, package: str, extra: str
+) -> None:
+    write_function(tmp_path, "return 1")
+    script = (
+        f"import sys; sys.modules[{package!r}] = None; from ebbtide.__main__ import main; main()"
+    )
+    command = ["sweep", TARGET, "--storage", "postgresql://x@127.0.0.1:1/y"]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    remedy = f"pip install 'ebbtide[{extra}]'"
+    assert ended.stderr == f"ebbtide: {package} is not installed: {remedy}\n"

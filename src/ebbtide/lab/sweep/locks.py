@@ -63,11 +63,15 @@ class FileLocks:
     def __new__(cls, path: Path) -> FileLocks:
         """Return the locks of a file, the same ones each time."""
         key = os.path.realpath(path)
-        if key not in cls._opened:
+        if key not in cls._opened or not cls._opened[key]._is_file(path):
             locks = super().__new__(cls)
             locks._open(path)
             cls._opened[key] = locks
         return cls._opened[key]
+
+    def _is_file(self, path: Path) -> bool:
+        """Return whether the open file is still the one of that name."""
+        return path.exists() and os.path.samestat(os.fstat(self._file), path.stat())
 
     def _open(self, path: Path) -> None:
         self._path = path

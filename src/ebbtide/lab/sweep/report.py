@@ -20,7 +20,14 @@ from ebbtide.lab.sweep.workers import cell_words
 __all__ = ["COMMAND", "parse_rise", "summary_rows", "to_json", "write_report"]
 
 COMMAND = "sweep"
-_COLUMNS = ("Optimizer", "Best lr", "Best weight decay", "Result", "Room of the lr", "Cells")
+_COLUMNS = (
+    "Optimizer",
+    "Best lr",
+    "Best weight decay",
+    "Result ± noise",
+    "Room of the lr",
+    "Cells",
+)
 _MOST_ERRORS = 12
 
 
@@ -181,8 +188,9 @@ def _legend(results: Results) -> str:
     signs = []
     if results.count(Outcome.DIVERGED):
         signs.append("hatched: diverged" + (" under at least one seed" if several else ""))
-    signs += [f"{letter}: {_OUTCOME_WORDS[name]}" for name, letter in MARKS.items()
-              if results.count(name)]  # fmt: skip
+    for name, letter in MARKS.items():
+        if results.count(name):
+            signs.append(f"{letter}: {_OUTCOME_WORDS[name].removeprefix('were ')}")
     if results.missing:
         signs.append("empty: not run yet")
     legend = "; ".join(signs)

@@ -102,6 +102,8 @@ def open_storage(text: str, *, create: bool, workers: int = 0) -> Storage:
         file = _file(Path(url.database), create)
         if workers and not FileLocks(_beside(file)).try_hold(_SQLITE_WORKER):
             raise InputError("another worker is at work on this file. " + _SQLITE_REASON)
+    if url.get_driver_name() == "psycopg":
+        import psycopg  # noqa: F401 - says in its own words that it is missing
     with storage_errors(address):
         database = optuna.storages.RDBStorage(
             url.render_as_string(hide_password=False), engine_kwargs=_engine_options(url)
@@ -227,7 +229,7 @@ def storage_errors(address: str) -> Iterator[None]:
 
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError, OSError) as error:
+    except (SQLAlchemyError, StorageInternalError, OSError, ImportError) as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
         raise InputError(
