@@ -77,6 +77,8 @@ class Row:
         salt: Of the parameter's name, for the random bits.
         step_address: Of the step count in the state, 0 if the state has none.
         count: Steps taken, where the state has no count.
+        device: Where the memory is, in torch's words.
+        counts_on_device: The step count lies there too and must not be read.
         local: The row is the local shard of a distributed tensor.
         keep: Objects that own the memory of the addresses.
     """
@@ -97,6 +99,8 @@ class Row:
     step_address: int = 0
     step_is_double: bool = False
     count: int = 0
+    device: str = "cpu"
+    counts_on_device: bool = False
     local: bool = False
     keep: tuple[object, ...] = ()
 

@@ -10,7 +10,7 @@ import torch
 
 from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
-from ebbtide.backends.torch_ops import TensorRow, Verdict
+from ebbtide.backends.torch_ops import Verdict
 from ebbtide.hyperparameters import (
     OURS,
     GroupReader,
@@ -23,6 +23,7 @@ from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.rules import Rule
 from ebbtide.torch import ranks
 from ebbtide.torch.checkpoint import load_state_dict
+from ebbtide.torch.devices import Devices, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
 from ebbtide.torch.judgement import judge, judge_plan, looks_first
 from ebbtide.torch.rows import Planner
@@ -85,14 +86,15 @@ class Optimizer(torch.optim.Optimizer):
         validate_values(self._rule, numbers(defaults))
         self.nonfinite = nonfinite
         self.clip_grad_norm = clip_grad_norm
-        self.skipped_steps: int | torch.Tensor = 0
+        self._skipped_steps: int | torch.Tensor = 0
         self._reset()
         super().__init__(listed(params), defaults)
 
     def _reset(self) -> None:
-        self.last_step_skipped: bool | torch.Tensor = False
-        self.last_grad_norm: float | torch.Tensor | None = None
+        self._skipped: bool | torch.Tensor | None = False  # None: a GPU knows
+        self._grad_norm: float | torch.Tensor | None = None
         self._backend = new_backend()
+        self._devices = Devices()
         self._readers: list[GroupReader] = []
         self._stepped: list[torch.Tensor] = []
         self._meshes: list[Any] = []  # of DTensors; every rank of them takes part in a step
@@ -121,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._backend.forget()
+        self._forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -143,6 +145,22 @@ class Optimizer(torch.optim.Optimizer):
             return self._step(closure)
         return call_with_hooks(self, self._step, closure)
 
+    @property
+    def last_step_skipped(self) -> bool | torch.Tensor:
+        """Whether the last call of `step` left everything as it was; raises what a GPU reports."""
+        self._devices.report(self, wait=True)
+        return self._devices.skipped(self) if self._skipped is None else self._skipped
+
+    @property
+    def skipped_steps(self) -> int | torch.Tensor:
+        """How many steps left everything as it was."""
+        return self._skipped_steps + self._devices.skipped_steps(self)
+
+    @property
+    def last_grad_norm(self) -> float | torch.Tensor | None:
+        """Global norm of the gradients of the last step that asked for it, before clipping."""
+        return self._devices.norm(self) if self._devices.normed else self._grad_norm
+
     step.hooked = True  # type: ignore[attr-defined]
     keep_out_of_graphs(step)
 
@@ -151,14 +169,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.last_step_skipped = False
+        self._skipped = False
         self._calls += 1
         if self._in_backward is not None:
             self._in_backward.finish(self)
         outcome = self._rerun()
         if outcome is None:
             outcome = self._plan_alone()
-        if self._stepped and self.last_step_skipped is False:
+        if self._stepped and (self._skipped is False or self._skipped is None):
             torch._C._increment_version(self._stepped)
         if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
             self._raise_nonfinite(outcome)
@@ -215,39 +233,55 @@ class Optimizer(torch.optim.Optimizer):
             self._planning = False
 
     def _plan_and_run(self) -> Outcome:
+        if self._devices.rerun(self):
+            return self._launched()
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
-        planner = Planner(self._rule, self.state)
+        planner = Planner(self._rule, self.state, decides(self))
         for index, group in enumerate(self.param_groups):
             self._reader(index).check(group)
             check_group(group)
             for name, param in zip(self._names(index), group["params"], strict=True):
                 planner.add(param, name, index, group)
         planner.plan.check_overlap()
-        self._check_capture(planner.tensors)
-        verdict = judge_plan(self, planner, new_backend)
+        if planner.tensors or any(planner.launched.rows()):
+            self._check_capture()
+        asked = self._devices.ask(self, planner)
+        verdict = Verdict() if asked else judge_plan(self, planner, new_backend)
         if verdict.apply is False:
             return self._skip(verdict)
         outcome = run_plan(self, planner, verdict)
         self._note(verdict)
-        self._stepped = [planner.plan.entries[i][0] for i, _, _ in planner.plan.rows()]
+        plans = (planner.plan, planner.launched)
+        self._stepped = [plan.entries[i][0] for plan in plans for i, *_ in plan.rows()]
         self._warn_without_gradients(planner)
+        if any(planner.launched.rows()):
+            outcome.untouched.extend(self._launched().untouched)
         return outcome
+
+    def _launched(self) -> Outcome:
+        """Note a step that GPUs are taking, and raise what they say of those before."""
+        if self._devices.question is not None:
+            self._skipped = None
+        self._devices.report(self, wait=False)
+        return Outcome(self._devices.agreed(self))
 
     def _note(self, verdict: Verdict) -> None:
         """Keep what a verdict says, for the user to read."""
         if verdict.norm is not None:
-            self.last_grad_norm = verdict.norm
+            self._grad_norm = verdict.norm
         if isinstance(verdict.apply, torch.Tensor):
-            self.last_step_skipped = ~verdict.apply
-            if not isinstance(self.skipped_steps, torch.Tensor):
-                self.skipped_steps = torch.tensor(self.skipped_steps, device=verdict.apply.device)
-            self.skipped_steps += self.last_step_skipped
+            self._skipped = ~verdict.apply
+            if not isinstance(self._skipped_steps, torch.Tensor):
+                total = torch.tensor(self._skipped_steps, device=verdict.apply.device)
+                self._skipped_steps = total
+            self._skipped_steps += self._skipped
         elif not verdict.apply:
-            self.last_step_skipped = True
-            self.skipped_steps += 1
+            self._skipped = True
+            self._skipped_steps += 1
 
-    def _check_capture(self, rows: list[TensorRow]) -> None:
-        if self._rule.name == "adam" and any(not row.param.is_cpu for row in rows):
+    def _check_capture(self) -> None:
+        params = (param for group in self.param_groups for param in group["params"])
+        if self._rule.name == "adam" and any(not param.is_cpu for param in params):
             self._accelerator_graph_capture_health_check()
 
     def _buckets(self, keys: Sequence[tuple[int, int]]) -> list[Bucket]:
@@ -267,9 +301,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._backend.forget()
+        self._devices.forget()
 
     def _names(self, index: int) -> Iterable[str]:
         return names_of(self.param_groups[index], index)
+
+    def _named(self) -> list[tuple[str, torch.Tensor]]:
+        return [
+            (name, param)
+            for index, group in enumerate(self.param_groups)
+            for name, param in zip(self._names(index), group["params"], strict=True)
+        ]
 
     def _skip(self, verdict: Verdict) -> Outcome:
         self._note(verdict)
@@ -286,11 +328,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _raise_nonfinite(self, outcome: Outcome) -> None:
-        flat = [
-            (name, param)
-            for index, group in enumerate(self.param_groups)
-            for name, param in zip(self._names(index), group["params"], strict=True)
-        ]
+        flat = self._named()
         if not outcome.untouched:
             raise FloatingPointError("non-finite gradient on another rank, which names it")
         rows = [(flat[i][0], count, flat[i][1].numel()) for i, count in outcome.untouched]
@@ -363,8 +401,11 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint; keys that older files lack get their defaults."""
         super().__setstate__(state)
-        for key, value in (("nonfinite", "raise"), ("clip_grad_norm", None), ("skipped_steps", 0)):
+        for key, value in (("nonfinite", "raise"), ("clip_grad_norm", None)):
             self.__dict__.setdefault(key, value)
+        # A copy brings the number along; what is loaded into an optimizer leaves its own.
+        own = self.skipped_steps if "_devices" in self.__dict__ else 0
+        self._skipped_steps = self.__dict__.pop("skipped_steps", own)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True
         self._reset()

@@ -55,7 +55,8 @@ def judge_plan(
         new_backend: Makes a backend that knows nothing of the state, which is not there yet.
     """
     rows = planner.tensors
-    on_device = rows and all(row.capturable for row in rows) and not any(planner.plan.rows())
+    alone = not any(planner.plan.rows()) and not any(planner.launched.rows())
+    on_device = rows and alone and all(row.capturable for row in rows)
     if on_device and not optimizer._meshes:  # sums over ranks wait for the device
         return _judge_on_device(optimizer, [row.grad for row in rows])
     verdict = judge(optimizer, lambda: _sum_squares(optimizer, planner, new_backend))
@@ -93,7 +94,8 @@ def _sum_squares(
     optimizer: Optimizer, planner: Planner, new_backend: Callable[[], Backend] | None
 ) -> float:
     """Return the sum of squares of the gradients over all ranks; of the finite ones if `None`."""
-    tensors = {id(planner.plan.entries[row.entry][0]): row.grad for row in planner.tensors}
+    entries = planner.plan.entries
+    tensors = {id(entries[entry][0]): grad for entry, grad in planner.grads.items()}
 
     def of_part(part: Plan) -> float:
         grads = [tensors[id(param)] for param, *_ in part.entries if id(param) in tensors]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ebbtide.backends.torch_ops import TensorRow
+from ebbtide.backends.triton.support import interprets
 from ebbtide.memory import layout_of
 from ebbtide.plan import BLOCK, Plan, Row, salt_of
 from ebbtide.rules import Rule
@@ -19,7 +20,9 @@ from ebbtide.torch.tensors import (
     check,
     extents,
     field_of,
+    has_device_numbers,
     kernel_takes,
+    launches,
     region_of,
 )
 
@@ -36,22 +39,30 @@ class Planner:
     Attributes:
         rule: The update rule.
         state: The optimizer's state.
-        plan: What the kernels step.
-        tensors: What torch operations step: whatever the kernels do not take.
+        counts_on_device: A GPU may drop the step, so it has to count the steps.
+        plan: What the kernels of the CPU step.
+        launched: What Triton's kernels step, on GPUs.
+        tensors: What torch operations step: whatever no kernel takes.
+        grads: Gradients of what is launched or stepped by torch operations, by entry.
         staged: (tensor, copy) pairs to write back after the step.
     """
 
     rule: Rule
     state: MutableMapping[torch.Tensor, State]
+    counts_on_device: bool = False
     plan: Plan = field(init=False)
+    launched: Plan = field(init=False)
     tensors: list[TensorRow] = field(default_factory=list)
+    grads: dict[int, torch.Tensor] = field(default_factory=dict)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     # By parameter: its state dict, and what will be put into it.
     _changes: dict[torch.Tensor, tuple[State, State]] = field(default_factory=dict)
     _counters: set[int] = field(default_factory=set)
+    _interprets: bool = field(default_factory=interprets)
 
     def __post_init__(self) -> None:
         self.plan = Plan(self.rule)
+        self.launched = Plan(self.rule)
 
     def add(self, param: torch.Tensor, name: str, index: int, group: Mapping[str, Any]) -> None:
         """Add one parameter, with its row if it has a gradient.
@@ -63,27 +74,54 @@ class Planner:
         grad = param.grad
         if grad is None or param in self._changes:  # one that is listed twice is stepped once
             self.plan.cacheable &= grad is None
-            self.plan.entries.append((param, index, None, None))
+            self._enter(param, index)
             return
         check(name, param, grad, group, rule=self.rule.name)
         keys = self.rule.state_keys(group)
         if grad.is_sparse and (keys or not _is_plain(group)):
             grad = grad.to_dense()
-        kernels = _is_for_kernels(param, grad, group)
+        launched = (self._interprets or not param.is_cpu) and launches(param, grad, group)
+        kernels = launched or _is_for_kernels(param, grad, group)
+        forced = launched and (self.counts_on_device or has_device_numbers(group))
         state = self.state.get(param, {})
-        changes = self._missing(param, state, keys, name, group)
+        changes = self._missing(param, state, keys, name, group, counts=forced)
         count = 0 if any(key in changes for key in keys) else 1
-        self._fit(param, {**state, **changes}, changes, name, keys, kernels=kernels)
+        home: torch.device | None = None  # where the step count must be
+        if launched:
+            home = param.device if forced or _steps_on_device(group) else None
+        elif kernels:
+            home = torch.device("cpu")
+        self._fit(param, {**state, **changes}, changes, name, keys, home, kernels=kernels)
         self._changes[param] = (state, changes)
         merged = {**state, **changes}
         for tensor in (param, *(merged[key] for key in keys)):
             self.plan.regions.append(region_of(name, local_of(tensor)))
         if kernels:
+            plan = self.launched if launched else self.plan
             row = self._row(param, grad, name, keys, merged, count)
-            self.plan.cacheable &= not row.keep
-            self.plan.entries.append((param, index, row, state))
+            if launched:
+                row.device = str(param.device)
+                step = merged.get("step")
+                row.counts_on_device = step is not None and (home is not None or not step.is_cpu)
+                self.plan.cacheable = False
+                self.grads[len(plan.entries)] = local_grad(name, param, grad)
+            plan.cacheable &= not row.keep
+            self._enter(param, index, row, state, plan)
         else:
             self._add_tensors(param, grad, name, keys, index, group, merged, state, count)
+
+    def _enter(
+        self,
+        param: torch.Tensor,
+        index: int,
+        row: Row | None = None,
+        state: State | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """Give a parameter its entry: the same place in both plans, its row in one of them."""
+        for each in (self.plan, self.launched):
+            mine = (row, state) if each is plan else (None, None)
+            each.entries.append((param, index, *mine))
 
     def commit(self) -> None:
         """Put new and converted state where the optimizer keeps it."""
@@ -99,6 +137,8 @@ class Planner:
         keys: tuple[str, ...],
         name: str,
         group: Mapping[str, Any],
+        *,
+        counts: bool,
     ) -> State:
         """Create the state that the parameter lacks, in torch's order of keys."""
         missing: State = {}
@@ -107,8 +147,9 @@ class Planner:
             raise RuntimeError(
                 f"the state of parameter {name!r} holds {sorted(state)}: not that of Adam; clear it"
             )
-        if "step" not in state and (self.rule.counts_steps or param.dtype in LOW_PRECISION):
-            device = param.device if _steps_on_device(group) else torch.device("cpu")
+        device = param.device if counts or _steps_on_device(group) else torch.device("cpu")
+        counts = counts or self.rule.counts_steps or param.dtype in LOW_PRECISION
+        if counts and "step" not in state:
             # A momentum buffer without a count comes from an optimizer that keeps none.
             missing["step"] = torch.tensor(
                 float(bool(had)), dtype=_step_dtype(group), device=device
@@ -129,6 +170,7 @@ class Planner:
         changes: State,
         name: str,
         keys: tuple[str, ...],
+        home: torch.device | None,
         *,
         kernels: bool,
     ) -> None:
@@ -145,7 +187,7 @@ class Planner:
                 changes[key] = fitted
         if "step" in state:
             step = state["step"]
-            fitted = _fitted_step(step, kernels=kernels)
+            fitted = _fitted_step(step, home)
             if fitted.data_ptr() in self._counters:  # one counter for several parameters
                 fitted = fitted.clone()
             self._counters.add(fitted.data_ptr())
@@ -237,7 +279,8 @@ class Planner:
             )
         )
         self.plan.cacheable = False
-        self.plan.entries.append((param, index, None, None))
+        self.grads[len(self.plan.entries)] = self.tensors[-1].grad
+        self._enter(param, index)
 
 
 def _is_for_kernels(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) -> bool:
@@ -279,13 +322,13 @@ def _fitted(value: torch.Tensor, param: torch.Tensor, *, kernels: bool) -> torch
     return sharded_like(laid, param)
 
 
-def _fitted_step(step: Any, *, kernels: bool) -> torch.Tensor:
+def _fitted_step(step: Any, device: torch.device | None) -> torch.Tensor:
     if not isinstance(step, torch.Tensor):
         return torch.tensor(float(step))
     counter: torch.Tensor = step
     if counter.dtype not in (torch.float32, torch.float64):
         counter = counter.to(torch.float32)
-    return counter.cpu() if kernels else counter
+    return counter if device is None else counter.to(device)
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:

@@ -37,6 +37,8 @@ def run_plan(optimizer: Optimizer, planner: Planner, verdict: Verdict) -> Outcom
     if keys:
         scale = float(verdict.scale)
         outcome = backend.run(plan, buckets, grad_scale=scale, guard=optimizer._guards)
+    if any(planner.launched.rows()):
+        optimizer._devices.run(optimizer, planner, float(verdict.scale))
     for target, copy in planner.staged:
         target.copy_(copy)
     if planner.tensors:

@@ -282,6 +282,8 @@ def _read(group: dict[str, Any], key: str, written: float) -> float:
 
 
 def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    if getattr(optimizer, "_skipped", None) is False:  # known without waiting for a GPU
+        return False
     skipped = getattr(optimizer, "last_step_skipped", None)
     if skipped is not None:
         return bool(skipped)

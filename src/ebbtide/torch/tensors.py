@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 
+from ebbtide.backends.triton import support as triton
 from ebbtide.memory import Region, extents_of, layout_of
 from ebbtide.plan import Field, Format, Row
 from ebbtide.torch.ranks import local_of
@@ -22,7 +25,9 @@ __all__ = [
     "extents",
     "field_of",
     "grad_of",
+    "has_device_numbers",
     "kernel_takes",
+    "launches",
     "region_of",
 ]
 
@@ -47,6 +52,55 @@ def kernel_takes(tensor: torch.Tensor) -> bool:
         and tensor.layout == torch.strided
         and tensor.dtype in FORMATS
         and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
+def launches(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) -> bool:
+    """Tell whether Triton's kernels step a parameter that is not on the CPU; says once why not.
+
+    On the CPU they run in Triton's interpreter, which nobody but a test wants.
+    """
+    mine = local_of(param)
+    obstacle = None if mine.is_cpu else triton.obstacle(mine.device)
+    if obstacle is not None:
+        _say(mine.device.type, obstacle)
+        return False
+    return (
+        not group.get("differentiable")
+        and all(
+            each.layout == torch.strided
+            and each.dtype in FORMATS
+            and type(each).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+            for each in (mine, local_of(grad))
+        )
+        and all(_is_launchable(value, mine) for value in _tensors_of(group))
+    )
+
+
+def has_device_numbers(group: Mapping[str, Any]) -> bool:
+    """Tell whether a hyperparameter is a tensor that must not be read."""
+    return any(not value.is_cpu for value in _tensors_of(group))
+
+
+def _tensors_of(group: Mapping[str, Any]) -> list[torch.Tensor]:
+    values = (*group.values(), *group.get("betas", ()))
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _is_launchable(number: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether the kernels can read a hyperparameter, or the host can without waiting."""
+    if number.requires_grad:
+        return False
+    on_device = number.device == param.device and number.dtype in (torch.float32, torch.float64)
+    return number.is_cpu or on_device
+
+
+@cache
+def _say(device: str, obstacle: str) -> None:
+    warnings.warn(
+        f"parameters on {device!r} are stepped by torch operations, several for each: {obstacle}",
+        RuntimeWarning,
+        stacklevel=8,
     )
 
 

@@ -1,0 +1,128 @@
+"""Codecs and random bits on the device: `ebbtide.codecs` and `csrc/codec.h` in Triton.
+
+Numbers are encoded through their bits, never by a conversion of the hardware's, so that a CPU and a
+GPU store the same codes. A tile is a matrix: a row for each block of 128 elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["block_words", "close", "flushed", "opened", "pointer", "put", "take"]
+
+# The values of ebbtide.plan.Format.
+_FLOAT32 = tl.constexpr(0)
+_FLOAT64 = tl.constexpr(1)
+_BFLOAT16 = tl.constexpr(2)
+_FLOAT16 = tl.constexpr(3)
+
+
+@triton.jit
+def pointer(address: tl.tensor, FORMAT: tl.constexpr, FAST: tl.constexpr) -> tl.tensor:
+    """Make a pointer of an address; where FAST its 16-byte alignment is promised."""
+    if FORMAT == _FLOAT64:
+        to = address.to(tl.pointer_type(tl.float64))
+    elif FORMAT == _FLOAT32:
+        to = address.to(tl.pointer_type(tl.float32))
+    else:
+        to = address.to(tl.pointer_type(tl.uint16))
+    if FAST:
+        to = tl.multiple_of(to, 16)
+    return to
+
+
+@triton.jit
+def take(to: tl.tensor, at: tl.tensor, inside: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
+    """Load a tile; where FAST nothing of it lies outside."""
+    return tl.load(to + at) if FAST else tl.load(to + at, mask=inside, other=0)
+
+
+@triton.jit
+def put(
+    to: tl.tensor, at: tl.tensor, value: tl.tensor, inside: tl.tensor, FAST: tl.constexpr
+) -> None:
+    """Store a tile."""
+    if FAST:
+        tl.store(to + at, value)
+    else:
+        tl.store(to + at, value, mask=inside)
+
+
+@triton.jit
+def flushed(x: tl.tensor) -> tl.tensor:
+    """Replace magnitudes below the smallest normal number by zero, as the CPU's kernels do."""
+    if x.dtype == tl.float64:
+        kept = tl.where(tl.abs(x) < 2.2250738585072014e-308, x * 0.0, x)
+    else:
+        kept = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)
+    return kept
+
+
+@triton.jit
+def opened(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Decode loaded codes to the numbers that the rules work on."""
+    if FORMAT == _BFLOAT16:
+        number = (code.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == _FLOAT16:
+        number = code.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        number = code
+    return flushed(number)
+
+
+@triton.jit
+def close(
+    number: tl.tensor, bits: tl.tensor, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr
+) -> tl.tensor:
+    """Encode numbers; `bits` are 32 random ones of each element."""
+    if FORMAT == _BFLOAT16:
+        code = _to_bfloat16(flushed(number), bits, STOCHASTIC)
+    elif FORMAT == _FLOAT16:
+        code = _to_float16(flushed(number), bits, STOCHASTIC)
+    else:
+        code = flushed(number)
+    return code
+
+
+@triton.jit
+def _to_bfloat16(x: tl.tensor, bits: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.tensor:
+    u = x.to(tl.uint32, bitcast=True)
+    magnitude = u & 0x7FFFFFFF
+    below = bits >> 16 if STOCHASTIC else ((u >> 16) & 1) + 0x7FFF
+    rounded = tl.minimum((magnitude + below) >> 16, 0x7F7F)
+    quiet = tl.where(magnitude > 0x7F800000, 0x40, 0).to(tl.uint32)
+    rounded = tl.where(magnitude < 0x7F800000, rounded, (magnitude >> 16) | quiet)
+    return (rounded | ((u >> 16) & 0x8000)).to(tl.uint16)
+
+
+@triton.jit
+def _to_float16(x: tl.tensor, bits: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.tensor:
+    u = x.to(tl.uint32, bitcast=True)
+    magnitude = u & 0x7FFFFFFF
+    below = bits >> 19 if STOCHASTIC else ((u >> 13) & 1) + 0xFFF
+    normal = tl.minimum(((magnitude + below) >> 13) - (112 << 10), 0x7BFF)
+    # Below 2^-14: a multiple of 2^-24.
+    small = tl.minimum(magnitude, 113 << 23).to(tl.float32, bitcast=True) * 16777216.0
+    small = (small + below.to(tl.int32).to(tl.float32) * 0.0001220703125).to(tl.int32)
+    rounded = tl.where(magnitude < (113 << 23), small.to(tl.uint32), normal)
+    rounded = tl.where(magnitude == 0x7F800000, 0x7C00, rounded)
+    rounded = tl.where(magnitude > 0x7F800000, 0x7E00, rounded)
+    return (rounded | ((u >> 16) & 0x8000)).to(tl.uint16)
+
+
+@triton.jit
+def _mix(x: tl.tensor) -> tl.tensor:
+    """Mix 64 bits (the finaliser of splitmix64)."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def block_words(seed: tl.tensor, step: tl.tensor, salt: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """Return the 32 random bits of each block for the parameter, and those for its state."""
+    key = _mix(_mix(seed) ^ _mix(step * 0xD1342543DE82EF95) ^ salt)
+    words = _mix(key ^ (block << 1))
+    return (words & 0xFFFFFFFF).to(tl.uint32), (words >> 32).to(tl.uint32)

@@ -1,0 +1,345 @@
+"""The rows of one device: their tables, and the launches, one for each kind of row."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ebbtide.backends.triton import kernels, prologue
+from ebbtide.backends.triton.tables import (
+    Kind,
+    Launch,
+    Uploader,
+    kind_of,
+    lane_constants,
+    numbers_of,
+)
+from ebbtide.plan import Bucket, Row
+from ebbtide.rules import Rule, Scalars
+
+__all__ = ["BLOCKS", "Device", "Question"]
+
+# Blocks of 128 elements in a tile, and warps of a program.
+BLOCKS = 8
+WARPS = 4
+# Programs that sum squares, at most: their sums are added by one program.
+SUMMING = 1024
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What has to be decided of a step on the device.
+
+    Attributes:
+        found_inf: What a GradScaler found; the step is dropped where it is not 0.
+        loss_scale: That the gradients are divided by.
+        max_norm: Clip the global norm to this.
+        skip: Drop the step where the norm is not finite.
+        finite_only: Leave elements that are not finite out of the norm.
+    """
+
+    found_inf: torch.Tensor | None = None
+    loss_scale: torch.Tensor | None = None
+    max_norm: float | None = None
+    skip: bool = False
+    finite_only: bool = False
+
+    @property
+    def wants_norm(self) -> bool:
+        """Whether the gradients must be summed up first."""
+        return self.max_norm is not None or self.skip
+
+    def on(self, device: torch.device) -> Question:
+        """Return the question with its tensors on a device."""
+        moved = [
+            value
+            if value is None or value.device == device
+            else value.to(device, non_blocking=True)
+            for value in (self.found_inf, self.loss_scale)
+        ]
+        return replace(self, found_inf=moved[0], loss_scale=moved[1])
+
+
+class Device:
+    """Runs the rows of one device and remembers them.
+
+    Args:
+        device: A CUDA device; the CPU for Triton's interpreter.
+
+    Attributes:
+        launches: Kernels launched on it so far.
+        verdict: `VERDICT` of the last question, on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.launches = 0
+        self._uploader = Uploader(device)
+        with self._on_device():
+            self.verdict = torch.zeros(len(prologue.VERDICT), dtype=torch.float64, device=device)
+            self._lanes = lane_constants().to(device)
+        pinned = device.type == "cuda"
+        self._alarm = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+        self._ringing = ctypes.c_int32.from_address(self._alarm.data_ptr())
+        self._spoilt = torch.zeros((0, 2), dtype=torch.int64, device=device)
+        self._runs = 0
+        self._captured: list[Any] = []  # what graphs read when they are replayed
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the tables: the next step needs a plan."""
+        self._launches: list[Launch] = []
+        self._keys: list[_Key] = []
+        self._counters: list[_Counter] = []
+        self._counted: list[torch.Tensor] = []
+        self._sent: dict[str, Any] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(group, step) of the next step of the remembered rows that count on the host."""
+        return list(dict.fromkeys((key.group, key.step) for key in self._keys))
+
+    def load(self, rows: Iterable[tuple[int, int, Row]], entries: int) -> None:
+        """Take rows.
+
+        Args:
+            rows: (entry, group, row).
+            entries: Number of entries of their plan.
+        """
+        self.forget()
+        launches: dict[Kind, Launch] = {}
+        keys: dict[_Key, int] = {}
+        counted: list[int] = []
+        for entry, group, row in rows:
+            kind = kind_of(row)
+            launch = launches.setdefault(kind, Launch(kind, BLOCKS))
+            if row.counts_on_device:
+                launch.add(entry, row, len(counted) // 3)
+                counted += [row.step_address, int(row.step_is_double), group]
+                continue
+            counter = _counter_of(row)
+            step = (row.count if counter is None else int(counter.value)) + 1
+            key = _Key(group, step, counter is not None)
+            launch.add(entry, row, keys.setdefault(key, len(keys)))
+            if counter is not None:
+                self._counters.append(counter)
+        self._launches, self._keys = list(launches.values()), list(keys)
+        self._send_tables(counted, entries)
+        self.send_gradients([row.grad.address for _, row in self.rows])
+
+    @property
+    def rows(self) -> list[tuple[int, Row]]:
+        """(entry, row) of the remembered rows, in the order of the gradients' addresses."""
+        return [each for launch in self._launches for each in launch.rows]
+
+    def send_gradients(self, addresses: list[int]) -> None:
+        """Let the rows have their gradients elsewhere, in the order of `rows`."""
+        if self._sent.get("grads") == addresses:
+            return
+        parts, at = [], 0
+        for launch in self._launches:
+            part = addresses[at : at + len(launch.rows)]
+            parts.append(torch.tensor(part, dtype=torch.int64))
+            at += len(part)
+        sent = self._send("grads", parts, addresses)
+        for launch, grads in zip(self._launches, sent, strict=True):
+            launch.grads = grads
+
+    def partial_sums(self, question: Question) -> torch.Tensor:
+        """Return sums of squares, on the device; their sum is that of all gradients."""
+        if not question.wants_norm:
+            return self.verdict[:0]
+        launches = [launch for launch in self._launches if launch.tiles]
+        sizes = [min(SUMMING, launch.tiles) for launch in launches]
+        with self._on_device():
+            sums = torch.empty(sum(sizes), dtype=torch.float64, device=self.device)
+            at = 0
+            for launch, size in zip(launches, sizes, strict=True):
+                table, row_of_tile = launch.tables
+                kernels.sum_squares[(size,)](
+                    table, launch.grads, row_of_tile, launch.tiles, sums[at:],
+                    GRAD=launch.kind.grad, FINITE_ONLY=question.finite_only, BLOCKS=BLOCKS,
+                    PROGRAMS=size, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+                self.launches += 1
+                at += size
+        return sums
+
+    def decide(self, rule: Rule, question: Question, partial: torch.Tensor, groups: Groups) -> None:
+        """Answer a question into `verdict`, and count the rows that count on the device.
+
+        Args:
+            rule: The update rule.
+            question: What to decide.
+            partial: From `partial_sums`, of all devices.
+            groups: Hyperparameters of every group.
+        """
+        if question.max_norm is not None and self._sent.get("max_norm") != question.max_norm:
+            self.verdict[prologue.VERDICT.index("max_norm")] = question.max_norm
+            self._sent["max_norm"] = question.max_norm
+        self._prepare(rule, groups, partial, question, judged=True)
+
+    def count(self, rule: Rule, groups: Groups, *, judged: bool) -> None:
+        """Count the rows that count on the device, if the verdict, where there is one, allows."""
+        if self._counted:
+            self._prepare(rule, groups, self.verdict[:0], None, judged=judged)
+
+    def _prepare(
+        self,
+        rule: Rule,
+        groups: Groups,
+        partial: torch.Tensor,
+        question: Question | None,
+        *,
+        judged: bool,
+    ) -> None:
+        asked = question or Question()
+        numbers, sources = self._hyperparameters(groups)
+        counters, scalars = self._counted or [self._lanes, self.verdict]
+        found_inf, loss_scale = asked.found_inf, asked.loss_scale
+        with self._on_device():
+            prologue.prepare[(1,)](
+                self.verdict, partial, partial.numel(),
+                self.verdict if found_inf is None else found_inf,
+                self.verdict if loss_scale is None else loss_scale,
+                counters, counters.numel() // 3 if self._counted else 0, numbers, sources, scalars,
+                DECIDE=question is not None, JUDGED=judged, FOUND_INF=found_inf is not None,
+                LOSS_SCALE=loss_scale is not None, CLIP=asked.max_norm is not None,
+                SKIP=asked.skip, ADAM=rule.name == "adam", num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+        self.launches += 1
+
+    def step(
+        self, rule: Rule, buckets: list[Bucket], *, grad_scale: float, guard: bool, judged: bool
+    ) -> None:
+        """Launch the step of every kind of row.
+
+        Args:
+            rule: The update rule.
+            buckets: The scalars of the rows that count on the host.
+            grad_scale: Multiplies every gradient.
+            guard: Leave elements untouched whose new state would not be finite.
+            judged: Whether `verdict` has a say.
+        """
+        self._runs += 1
+        scalars = self._send_scalars(buckets, grad_scale)
+        with self._on_device():
+            for launch in self._launches:
+                if launch.tiles:
+                    there = self._counted[1] if launch.kind.counts_on_device else scalars
+                    self._launch(rule, launch, there, guard=guard, judged=judged)
+        for counter in self._counters:
+            counter.value += 1
+        self._keys = [key.next() for key in self._keys]
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append((dict(self._parts), self._counted, self.verdict, self._spoilt))
+
+    def _launch(
+        self, rule: Rule, launch: Launch, scalars: torch.Tensor, *, guard: bool, judged: bool
+    ) -> None:
+        table, row_of_tile = launch.tables
+        kind = launch.kind
+        kernels.step[(launch.tiles,)](
+            table, launch.grads, row_of_tile, scalars, self.verdict, self._lanes, self._spoilt,
+            self._alarm.data_ptr(), RULE=0 if rule.name == "adam" else 1, PARAM=kind.param,
+            GRAD=kind.grad, STATE0=kind.state[0], STATE1=kind.state[1], STATE2=kind.state[2],
+            STOCHASTIC=kind.stochastic, GUARD=guard, JUDGED=judged, BLOCKS=BLOCKS,
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+        self.launches += 1
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether elements are known to have been left untouched; does not wait."""
+        return self._ringing.value != 0
+
+    def spoilt(self) -> list[tuple[int, int, int]]:
+        """Return (entry, elements left untouched, step) of rows that have any; then forget them.
+
+        Waits for the device.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if not self.alarmed:
+            return []
+        found = self._spoilt.tolist()
+        self._spoilt.zero_()
+        self._ringing.value = 0
+        return [(entry, count, step) for entry, (step, count) in enumerate(found) if step]
+
+    def _send_tables(self, counted: list[int], entries: int) -> None:
+        parts = [part for launch in self._launches for part in launch.host_tables()]
+        parts.append(torch.tensor(counted, dtype=torch.int64))
+        sent = self._send("tables", parts, None)
+        for index, launch in enumerate(self._launches):
+            launch.tables = sent[2 * index], sent[2 * index + 1]
+        with self._on_device():
+            if counted:
+                shape = (len(counted) // 3, len(Scalars._fields))
+                scalars = torch.empty(shape, dtype=torch.float64, device=self.device)
+                self._counted = [sent[-1], scalars]
+            if self._spoilt.shape[0] < entries:
+                self._spoilt = torch.zeros((entries, 2), dtype=torch.int64, device=self.device)
+
+    def _send_scalars(self, buckets: list[Bucket], grad_scale: float) -> torch.Tensor:
+        if not self._keys:
+            return self.verdict
+        found = {(each.group, int(each.scalars.step)): each.scalars for each in buckets}
+        flat: list[float] = []
+        for key in self._keys:
+            scalars = found[key.group, key.step]
+            step = scalars.step if key.counts else float(self._runs)
+            scalars = scalars._replace(grad_scale=scalars.grad_scale * grad_scale, step=step)
+            flat += scalars
+        return self._send("scalars", [torch.tensor(flat, dtype=torch.float64)], flat)[0]
+
+    def _hyperparameters(self, groups: Groups) -> list[torch.Tensor]:
+        """Return the numbers of the groups on the device; sent where they have changed."""
+        if not self._counted:
+            return [self.verdict, self._lanes]
+        numbers, sources = numbers_of(groups, self.device)
+        if self._sent.get("numbers") == (numbers, sources):
+            return self._parts["numbers"]
+        parts = [
+            torch.tensor(numbers, dtype=torch.float64), torch.tensor(sources, dtype=torch.int64)
+        ]  # fmt: skip
+        return self._send("numbers", parts, (numbers, sources))
+
+    def _send(self, slot: str, parts: list[torch.Tensor], value: Any) -> list[torch.Tensor]:
+        with self._on_device():
+            self._parts[slot] = self._uploader.send(slot, parts)
+        self._sent[slot] = value
+        return self._parts[slot]
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+class _Key(NamedTuple):
+    """Rows of one group with the same count, and whether they keep one."""
+
+    group: int
+    step: int
+    counts: bool
+
+    def next(self) -> _Key:
+        """Return the key of the step after."""
+        return self._replace(step=self.step + 1 if self.counts else 2)
+
+
+_Counter = ctypes.c_float | ctypes.c_double
+
+
+def _counter_of(row: Row) -> _Counter | None:
+    if row.step_address == 0:
+        return None
+    kind = ctypes.c_double if row.step_is_double else ctypes.c_float
+    return kind.from_address(row.step_address)

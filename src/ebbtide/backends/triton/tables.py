@@ -1,0 +1,199 @@
+"""What the kernels read beside tensors: rows of addresses, scalars, hyperparameters.
+
+All of it is small. It is written in the host's memory, pinned where there is a GPU, and copied
+without waiting; torch keeps pinned memory until the copy has been made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ebbtide import codecs
+from ebbtide.backends.triton.kernels import COLUMNS
+from ebbtide.backends.triton.prologue import NUMBERS, POLICIES
+from ebbtide.plan import BLOCK, Row
+
+__all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
+
+
+class Kind(NamedTuple):
+    """What rows must share to be stepped by one launch.
+
+    Attributes:
+        param: Format of the parameter, a number of `ebbtide.plan.Format`.
+        grad: Of the gradient.
+        state: Of the state arrays, -1 where there is none.
+        stochastic: Whether the parameter is rounded stochastically.
+        counts_on_device: Whether the step count lies there, and the scalars are computed there.
+    """
+
+    param: int
+    grad: int
+    state: tuple[int, ...]
+    stochastic: bool
+    counts_on_device: bool
+
+
+class Launch:
+    """The rows of one kind, as the kernels see them.
+
+    Attributes:
+        kind: What the rows share.
+        rows: (entry of the plan, row).
+        tiles: Number of tiles, of `blocks` blocks each.
+        tables: The rows' columns and the row of each tile, on the device.
+        grads: Address of each row's gradient, on the device.
+    """
+
+    def __init__(self, kind: Kind, blocks: int) -> None:
+        self.kind = kind
+        self.rows: list[tuple[int, Row]] = []
+        self.tiles = 0
+        self.tables: tuple[torch.Tensor, torch.Tensor]
+        self.grads: torch.Tensor
+        self._blocks = blocks
+        self._columns: list[int] = []
+        self._row_of_tile: list[int] = []
+
+    def add(self, entry: int, row: Row, scalars: int) -> None:
+        """Add a row.
+
+        Args:
+            entry: Of the plan.
+            row: The parameter, its gradient and state.
+            scalars: Where its scalars lie.
+        """
+        state = [each.address for each in row.state]
+        flat = row.lead == 0 and (row.run_length == row.numel or row.run_length % BLOCK == 0)
+        aligned = flat and all(address % 16 == 0 for address in (row.param.address, *state))
+        columns = {
+            "param": row.param.address,
+            **{f"state{k}": address for k, address in enumerate(state)},
+            "numel": row.numel,
+            "run_length": row.run_length,
+            "lead": row.lead,
+            "first_block": row.first_block,
+            "salt": row.salt - (row.salt >> 63 << 64),
+            "first_tile": self.tiles,
+            "scalars": scalars,
+            "entry": entry,
+            "aligned": int(aligned),
+        }
+        self._columns += [columns.get(name, 0) for name in COLUMNS]
+        tiles = -(-_blocks_of(row) // self._blocks)
+        self._row_of_tile += [len(self.rows)] * tiles
+        self.tiles += tiles
+        self.rows.append((entry, row))
+
+    def host_tables(self) -> list[torch.Tensor]:
+        """Return the rows' columns and the row of each tile, on the host."""
+        return [
+            torch.tensor(self._columns, dtype=torch.int64),
+            torch.tensor(self._row_of_tile, dtype=torch.int32),
+        ]
+
+
+class Uploader:
+    """Copies tables to one device without waiting, also while a graph is captured.
+
+    A replay copies from the memory of the host that was captured, so that memory is never used
+    again; and none can be allocated during a capture, so some is kept in reserve.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reserve: dict[str, torch.Tensor] = {}
+        self._captured: list[torch.Tensor] = []
+
+    def send(self, slot: str, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy host tensors to the device in one go; returns them there.
+
+        Args:
+            slot: What they are; memory is kept in reserve for each slot.
+            parts: Tensors on the host.
+
+        Raises:
+            RuntimeError: A capture before the first step without.
+        """
+        if self._device.type == "cpu":
+            return list(parts)
+        padded = [-(-part.nbytes // 16) * 16 for part in parts]
+        host = self._host(slot, sum(padded))
+        there = torch.empty(sum(padded), dtype=torch.uint8, device=self._device)
+        views, at = [], 0
+        for part, length in zip(parts, padded, strict=True):
+            place = slice(at, at + part.nbytes)
+            host[place].view(part.dtype).copy_(part.flatten())
+            views.append(there[place].view(part.dtype))
+            at += length
+        there.copy_(host[:at], non_blocking=True)
+        return views
+
+    def _host(self, slot: str, size: int) -> torch.Tensor:
+        reserve = self._reserve.get(slot)
+        missing = reserve is None or reserve.numel() < size
+        if torch.cuda.is_current_stream_capturing():
+            if missing:
+                raise RuntimeError(
+                    "a step that is captured in a graph must have been taken without before: "
+                    "warm up first, with the same parameters"
+                )
+            self._captured.append(self._reserve.pop(slot))
+            return self._captured[-1]
+        if missing:
+            self._reserve[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def kind_of(row: Row) -> Kind:
+    """Return what a row must share with others to be stepped with them."""
+    state = [int(each.format) for each in row.state]
+    return Kind(
+        int(row.param.format),
+        int(row.grad.format),
+        (*state, *[-1] * (3 - len(state))),
+        row.stochastic,
+        row.counts_on_device,
+    )
+
+
+def lane_constants() -> torch.Tensor:
+    """Return the constants by which the 128 elements of a block vary its random bits."""
+    lanes = [codecs.lane_constant(lane) for lane in range(BLOCK)]
+    return torch.tensor(lanes, dtype=torch.int64).to(torch.int32)
+
+
+def numbers_of(
+    groups: Iterable[Mapping[str, Any]], device: torch.device
+) -> tuple[list[float], list[int]]:
+    """Return the hyperparameters of each group, and the addresses of those on the device.
+
+    Returns:
+        `NUMBERS` of each group, and for each of them the address of the tensor that it is,
+        negative where that is float64, 0 where it is a number.
+    """
+    numbers: list[float] = []
+    sources: list[int] = []
+    for group in groups:
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        values = {**group, "beta1": beta1, "beta2": beta2}
+        values["decay_policy"] = POLICIES.index(group["decay_policy"])
+        for name in NUMBERS:
+            value = values.get(name, 0.0)
+            on_device = isinstance(value, torch.Tensor) and value.device == device
+            numbers.append(0.0 if on_device else float(value))
+            sources.append(_source(value) if on_device else 0)
+    return numbers, sources
+
+
+def _source(value: torch.Tensor) -> int:
+    return -value.data_ptr() if value.dtype == torch.float64 else value.data_ptr()
+
+
+def _blocks_of(row: Row) -> int:
+    if row.run_length == 0:
+        return 0
+    return row.numel // row.run_length * (-(-(row.lead + row.run_length) // BLOCK))

@@ -1,0 +1,173 @@
+"""The GPUs of one optimizer: the plan they remember, what they decide, what they report late."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebbtide.plan import Plan, nonfinite_message
+from ebbtide.torch.rows import Planner
+from ebbtide.torch.watch import Watch
+
+if TYPE_CHECKING:
+    from ebbtide.backends.triton.backend import TritonBackend
+    from ebbtide.backends.triton.device import Question
+    from ebbtide.torch.base import Optimizer
+
+__all__ = ["Devices", "decides"]
+
+
+def decides(optimizer: Optimizer) -> bool:
+    """Tell whether a GPU may drop a step, so that it must count the steps as well."""
+    return optimizer.nonfinite == "skip" or hasattr(optimizer, "found_inf")
+
+
+class Devices:
+    """Steps the rows that Triton launches; their plan is remembered while nothing moves.
+
+    Attributes:
+        backend: `None` until there is such a row.
+        question: What the GPUs decide of the step that is being taken, `None` if nothing.
+    """
+
+    def __init__(self) -> None:
+        self.backend: TritonBackend | None = None
+        self.question: Question | None = None
+        self._watch: Watch | None = None
+
+    def forget(self) -> None:
+        """Let the next step plan anew."""
+        self._watch = None
+
+    def ask(self, optimizer: Optimizer, planner: Planner) -> bool:
+        """Tell whether the GPUs decide of a step without the host: where nothing else is stepped.
+
+        Sums over ranks and over a GPU and the CPU wait for the device.
+        """
+        alone = not planner.tensors and not any(planner.plan.rows())
+        self.question = None
+        if alone and any(planner.launched.rows()) and not optimizer._meshes:
+            self.question = _question_of(optimizer)
+        return self.question is not None
+
+    def run(self, optimizer: Optimizer, planner: Planner, scale: float) -> None:
+        """Take the step of a new plan.
+
+        Args:
+            optimizer: Whose parameters are stepped.
+            planner: Holds the plan; it has been committed.
+            scale: Multiplies every gradient.
+        """
+        plan = planner.launched
+        if self.backend is None:
+            from ebbtide.backends.triton.backend import TritonBackend
+
+            self.backend = TritonBackend()
+        self.backend.load(plan)
+        self._step(optimizer, plan, scale)
+        alone = not planner.tensors and not any(planner.plan.rows())
+        if alone and plan.cacheable:
+            self._watch = Watch(optimizer, plan, self.backend.order, counts=decides(optimizer))
+
+    def rerun(self, optimizer: Optimizer) -> bool:
+        """Step with the remembered plan; `False` if anything moved (nothing is written then)."""
+        watch, backend = self._watch, self.backend
+        if watch is None or backend is None or watch.counts != decides(optimizer):
+            return False
+        self.question = _question_of(optimizer)
+        if self.question is not None and optimizer._meshes:
+            return False
+        optimizer._check_capture()
+        for index, group in enumerate(optimizer.param_groups):
+            optimizer._reader(index).check(group)
+        grads = watch.gradients(optimizer) if self._watch is watch else None
+        if grads is None:
+            return False
+        backend.send_gradients(grads)
+        self._step(optimizer, watch.plan, 1.0)
+        return True
+
+    def _step(self, optimizer: Optimizer, plan: Plan, scale: float) -> None:
+        backend = self.backend
+        assert backend is not None
+        backend.run(
+            plan,
+            optimizer._buckets(backend.buckets),
+            grad_scale=scale,
+            guard=optimizer._guards,
+            groups=optimizer.param_groups,
+            question=self.question,
+        )
+
+    def agreed(self, optimizer: Optimizer) -> list[tuple[int, int]]:
+        """Return (entry, elements left untouched) where ranks must raise together; waits there."""
+        if not optimizer._meshes or optimizer.nonfinite != "raise" or self.backend is None:
+            return []
+        return [(entry, count) for entry, count, _ in self.backend.spoilt()]
+
+    def report(self, optimizer: Optimizer, *, wait: bool) -> None:
+        """Raise what is known of earlier steps.
+
+        Args:
+            optimizer: Which is named in the error.
+            wait: Find out what is not known yet. A capture is not interrupted for that.
+
+        Raises:
+            FloatingPointError: Elements were left untouched.
+        """
+        if self.backend is None or optimizer.nonfinite != "raise" or optimizer._meshes:
+            return
+        if not (self.backend.alarmed or (wait and not torch.cuda.is_current_stream_capturing())):
+            return
+        found = self.backend.spoilt()
+        if found:
+            named = optimizer._named()
+            rows = [(named[entry][0], count, named[entry][1].numel()) for entry, count, _ in found]
+            raise FloatingPointError(nonfinite_message(rows, found[0][2]))
+
+    @property
+    def normed(self) -> bool:
+        """Whether the GPUs took the last norm."""
+        return self.question is not None and self.question.wants_norm
+
+    def norm(self, optimizer: Optimizer) -> float | torch.Tensor:
+        """Return the norm of the last gradients."""
+        norm = self._decided("norm")
+        return norm if _captures(optimizer) else float(norm)
+
+    def skipped(self, optimizer: Optimizer) -> bool | torch.Tensor:
+        """Return whether the GPUs dropped the last step."""
+        dropped = self._decided("apply") == 0
+        return dropped if _captures(optimizer) else bool(dropped)
+
+    def skipped_steps(self, optimizer: Optimizer) -> int | torch.Tensor:
+        """Return how many steps the GPUs have dropped."""
+        if self.backend is None or not self.backend.has_decided:
+            return 0
+        steps = self._decided("skipped")
+        return steps if _captures(optimizer) else int(steps)
+
+    def _decided(self, name: str) -> torch.Tensor:
+        assert self.backend is not None
+        return self.backend.decided(name)
+
+
+def _captures(optimizer: Optimizer) -> bool:
+    """Whether what a step decides must not be read: it may be part of a graph."""
+    return any(group.get("capturable") for group in optimizer.param_groups)
+
+
+def _question_of(optimizer: Optimizer) -> Question | None:
+    scaled = hasattr(optimizer, "found_inf")
+    skip, clip = optimizer.nonfinite == "skip", optimizer.clip_grad_norm
+    if not (scaled or skip or clip is not None):
+        return None
+    from ebbtide.backends.triton.device import Question
+
+    values: dict[str, Any] = {
+        "found_inf": getattr(optimizer, "found_inf", None),
+        "loss_scale": getattr(optimizer, "grad_scale", None),
+    }
+    finite_only = optimizer.nonfinite == "raise"
+    return Question(**values, max_norm=clip, skip=skip, finite_only=finite_only)

@@ -1,0 +1,107 @@
+"""Whether anything has moved since a plan for a GPU was made, without planning again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebbtide.plan import Plan
+from ebbtide.torch.ranks import local_of
+
+if TYPE_CHECKING:
+    from ebbtide.torch.base import Optimizer
+
+__all__ = ["Watch"]
+
+_TURNS = 16  # steps within which every state array is looked at
+_address = torch.Tensor.data_ptr
+_strides = torch.Tensor.stride
+_dtype = attrgetter("dtype")
+_grad = attrgetter("grad")
+
+
+class Watch:
+    """What must still be true of an optimizer for its plan to hold.
+
+    State that is given other memory (`tensor.data = ...`) is noticed within 16 steps; until then it
+    is the old memory that is stepped, which is held here. Parameters and gradients are looked at
+    in every step.
+
+    Args:
+        optimizer: Whose plan has just been taken.
+        plan: Of its parameters on GPUs; it has no others.
+        order: Entries of the plan in the order in which gradients are returned.
+        counts: Whether the GPUs count the steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, plan: Plan, order: list[int], *, counts: bool) -> None:
+        self.plan = plan
+        self.counts = counts
+        self._order = order
+        self._params = [entry[0] for entry in plan.entries]
+        self._present = [entry[2] is not None for entry in plan.entries]
+        self._stepped = [self._params[entry] for entry in order]
+        self._locals = list(map(local_of, self._stepped))
+        self._sharded = not _same(self._locals, self._stepped)
+        self._addresses = list(map(_address, self._locals))
+        self._layout = self._layout_of(list(map(_grad, self._params)))
+        self._states = list(map(optimizer.state.get, self._stepped))
+        self._sizes = [len(state or ()) for state in self._states]
+        items = [(state, key) for state in self._states if state for key in state]
+        self._dicts, self._keys = [state for state, _ in items], [key for _, key in items]
+        self._values = [state[key] for state, key in items]
+        self._tensors = [local_of(each) for each in self._values if torch.is_tensor(each)]
+        self._held = [tensor.detach() for tensor in self._tensors]
+        self._looks = 0
+
+    def gradients(self, optimizer: Optimizer) -> list[int] | None:
+        """Return the address of each gradient; `None` if anything has moved.
+
+        Args:
+            optimizer: The same as at the construction.
+        """
+        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+        if not _same(params, self._params) or not self._state_holds(optimizer):
+            return None
+        if self._sharded and not _same(map(local_of, self._stepped), self._locals):
+            return None
+        if list(map(_address, self._locals)) != self._addresses:
+            return None
+        given = list(map(_grad, params))
+        if [grad is not None for grad in given] != self._present:
+            return None
+        if self._layout_of(given) != self._layout:
+            return None
+        return list(map(_address, self._grads(given)))
+
+    def _state_holds(self, optimizer: Optimizer) -> bool:
+        states = list(map(optimizer.state.get, self._stepped))
+        if not _same(states, self._states) or not _same(
+            map(dict.get, self._dicts, self._keys), self._values
+        ):
+            return False
+        self._looks += 1
+        part = slice(self._looks % _TURNS, None, _TURNS)
+        looked_at, held = self._tensors[part], self._held[part]
+        return (
+            list(map(_address, looked_at)) == list(map(_address, held))
+            and [len(state or ()) for state in states] == self._sizes
+        )
+
+    def _grads(self, given: list[Any]) -> list[torch.Tensor]:
+        grads = [given[entry] for entry in self._order]
+        return list(map(local_of, grads)) if self._sharded else grads
+
+    def _layout_of(self, given: list[Any]) -> tuple[list[Any], list[Any]]:
+        grads = self._grads(given)
+        return list(map(_dtype, grads)), list(map(_strides, grads))
+
+
+def _same(these: Iterable[Any], those: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    listed = list(these)
+    return len(listed) == len(those) and all(map(is_, listed, those))
