@@ -252,6 +252,17 @@ def test_a_file_that_cannot_be_used_is_refused_before_the_sweep(
     assert says in str(raised.value)
 
 
+def test_a_file_that_loads_for_long_is_remarked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ebbtide.lab.sweep.workers._SECONDS_OF_LOADING", 0.0)
+    file = write_function(tmp_path, "return 1")
+    file.write_text("import time; time.sleep(0.3)\n" + file.read_text())
+    said: list[str] = []
+    check_target(Target.at(file, "train"), say=said.append)
+    assert said == ["loading train.py takes long; what its top level does, every cell does"]
+
+
 def test_versions_of_what_the_file_loads_are_noted(tmp_path: Path) -> None:
     file = write_function(tmp_path, "return 1")
     file.write_text("import numpy\n" + file.read_text())

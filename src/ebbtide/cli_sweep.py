@@ -213,7 +213,7 @@ def _sweep(
     ending.check(name)
     for unknown in [name for name in definition.optimizers if name not in OPTIMIZERS]:
         typer.echo(f"{unknown} is none of {', '.join(OPTIMIZERS)}: {target} makes it", err=True)
-    versions = check_target(target, run.timeout)
+    versions = check_target(target, run.timeout, lambda text: typer.echo(text, err=True))
     with _opened(storage, run.workers, create=True) as opened:
         found = Sweep(opened, name, definition)
         found.check_file(target, allow_changed=run.allow_changed)

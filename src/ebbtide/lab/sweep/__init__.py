@@ -1,8 +1,9 @@
 """Sweeps of the user's own training function over lr, weight decay, optimizers and seeds.
 
-A sweep is a `Definition`; its cells wait in an Optuna study, the `Queue`; `Workers` take them
-one by one and run each in a process of its own; `Results` reads what came of them, and `report`
-shows it. What survives a killed process is the study alone.
+A `Request` gives the `Definition` of a sweep; its cells wait in a `Queue`, the trials of an Optuna
+study; a `Crew` takes them one by one and runs each in a process of its own (`process`, `cell`);
+`Results` holds what came of them, and `report` shows it. What survives a killed process is the
+study alone.
 """
 
 from ebbtide.lab.sweep.settings import Settings

@@ -29,6 +29,7 @@ from ebbtide.lab.sweep.target import Target
 __all__ = ["Crew", "cell_words", "check_target"]
 
 _SECONDS_BETWEEN_COUNTS = 1.0
+_SECONDS_OF_LOADING = 10.0
 _MOST_KILLS = 5
 # Ended by somebody else than the function: the machine is short of memory, or shuts down.
 _KILLS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -192,14 +193,29 @@ class _Shift:
         return medians.rule_out(curve)
 
 
-def check_target(target: Target, timeout: float | None = None) -> dict[str, str]:
+def check_target(
+    target: Target, timeout: float | None = None, say: Callable[[str], None] = lambda _: None
+) -> dict[str, str]:
     """Load the user's file in a process of its own; return versions of what it loaded.
+
+    Args:
+        target: The function.
+        timeout: Seconds that loading may take; None for ever.
+        say: Told a line of text when it takes long.
 
     Raises:
         InputError: It cannot be loaded, or the function cannot be called with settings.
     """
+    said_at = [time.monotonic() + _SECONDS_OF_LOADING]
+
+    def stopped() -> bool:
+        if said_at and time.monotonic() > said_at[0]:
+            said_at.clear()
+            say(f"loading {target.path.name} takes long; what its top level does, every cell does")
+        return False
+
     for _ in range(_MOST_KILLS):
-        ending = run_cell(Order(target, None, timeout=timeout), stopped=lambda: False)
+        ending = run_cell(Order(target, None, timeout=timeout), stopped=stopped)
         if not _was_killed(ending):
             break
     if ending.kind == "checked":
