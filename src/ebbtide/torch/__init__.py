@@ -1,5 +1,7 @@
 """The torch face: drop-in AdamW, Adam and SGD, and what goes with them."""
 
+from ebbtide.torch.callbacks import huggingface_callback as huggingface_callback
+from ebbtide.torch.callbacks import lightning_callback as lightning_callback
 from ebbtide.torch.checkpoint import CheckpointError as CheckpointError
 from ebbtide.torch.checkpoint import load as load
 from ebbtide.torch.checkpoint import save as save
@@ -32,6 +34,8 @@ __all__ = [
     "explain",
     "gradient_scales",
     "gradient_scales_of_file",
+    "huggingface_callback",
+    "lightning_callback",
     "load",
     "param_groups",
     "save",
