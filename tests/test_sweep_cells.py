@@ -106,6 +106,7 @@ def test_everything_printed_is_kept_up_to_a_limit(tmp_path: Path) -> None:
     assert output == ["first line", "to stderr", "from below Python", "from a child", "last"]
 
 
+@pytest.mark.slow
 def test_hanging_cells_are_ended_and_say_where_they_were(tmp_path: Path) -> None:
     bodies = [
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass",
