@@ -101,6 +101,7 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     e.step_is_double = nb::cast<bool>(row.attr("step_is_double"));
     e.count = nb::cast<int64_t>(row.attr("count"));
     e.local = nb::cast<bool>(row.attr("local"));
+    e.lazy_grad = nb::cast<bool>(row.attr("lazy_grad"));
     for (nb::handle extent : row.attr("extents"))
       e.layout.extents.push_back(nb::cast<int64_t>(extent));
     e.layout.format = r.param.format;
@@ -174,6 +175,9 @@ bool refresh(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle 
   return fresh;
 }
 
+// Added to the count that `step` returns where other parameters were stepped than before.
+constexpr int64_t kOthersStepped = int64_t(1) << 62;
+
 // Without groups the table is as sum_squares has just left it.
 int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states,
              const nb::list& buckets, double grad_scale, bool guard) {
@@ -182,7 +186,7 @@ int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle 
   if (!groups.is_none() && !refresh(table, groups, grads, states)) return Table::kStale;
   const int64_t result = run_alone(table, buckets, grad_scale, guard);
   table.release_grads();
-  return result;
+  return result >= 0 && table.changed() ? result + kOthersStepped : result;
 }
 
 // None if the table is stale.
@@ -225,6 +229,7 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   m.doc() = "The compiled core of ebbtide; used through ebbtide.backends.cpu.";
   m.attr("SCALAR_COUNT") = kScalarCount;
+  m.attr("OTHERS_STEPPED") = kOthersStepped;
   m.attr("STALE") = int64_t(Table::kStale);
   m.attr("MISSING_BUCKET") = int64_t(Table::kMissingBucket);
   m.def("instruction_sets", [] {
@@ -263,10 +268,10 @@ NB_MODULE(_core, m) {
       .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none(),
            nb::arg("states").none())
       .def("stepped",
-           [](BoundTable& table) -> nb::object {
+           [](BoundTable& table) {
              PyObject* list = table.stepped();
-             if (PyErr_Occurred()) throw nb::python_error();
-             return list == nullptr ? nb::none() : nb::steal(list);
+             if (list == nullptr) throw nb::python_error();
+             return nb::steal<nb::list>(list);
            })
       .def("needed", &needed)
       .def("untouched", &untouched);

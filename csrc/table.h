@@ -28,8 +28,9 @@ struct Entry {
   Layout layout;
   void* step = nullptr;  // the step count: float32, or float64
   bool step_is_double = false;
-  bool local = false;  // a DTensor: the row is its `_local_tensor`
-  int64_t count = 0;   // steps taken, where the state holds no count
+  bool local = false;      // a DTensor: the row is its `_local_tensor`
+  bool lazy_grad = false;  // its gradient may be a lazy conjugate or negative
+  int64_t count = 0;       // steps taken, where the state holds no count
   int32_t group = 0;
   int32_t bucket = 0;
   bool active = false;
@@ -172,9 +173,11 @@ class Table {
     return total;
   }
 
-  // The parameters that the last step took, or null if they are those told before.
+  // Whether other parameters have a gradient than when `stepped` was last asked.
+  bool changed() const { return changed_; }
+
+  // The parameters that the last step took; a new list.
   PyObject* stepped() {
-    if (!changed_) return nullptr;
     changed_ = false;
     PyObject* list = PyList_New(0);
     for (Entry& e : entries) {
@@ -209,8 +212,10 @@ class Table {
     if (size_t(PyDict_GET_SIZE(e.state)) != e.keys.size()) return false;
     void* data = nullptr;
     if (!read(e, e.param, data) || scratch_ != e.layout || data != e.row.param.data) return false;
-    if (!read(e, grad, data)) return false;
+    const uint64_t ones = scratch_.ones;
+    if (!reader_.is_plain(grad, e.lazy_grad) || !read(e, grad, data)) return false;
     if (scratch_.format != e.row.grad.format || scratch_.extents != e.layout.extents) return false;
+    if (scratch_.ones != ones) return false;
     e.row.grad.data = data;
     e.active = true;
     return true;

@@ -40,13 +40,32 @@ struct DLPackExchangeAPI {
 struct Layout {
   Format format = Format::kF32;
   std::vector<int64_t> extents;  // shape, stride, shape, stride, ...
+  uint64_t ones = 0;             // which dimensions were left out, and how many there are in all
 
-  bool operator==(const Layout&) const = default;
+  bool operator==(const Layout& other) const {
+    return format == other.format && extents == other.extents;
+  }
 };
 
 class TensorReader {
  public:
-  explicit TensorReader(DLPackExchangeAPI* api) : api_(api) {}
+  explicit TensorReader(DLPackExchangeAPI* api) : api_(api) {
+    if (api_ != nullptr) return;
+    PyObject* numpy = PyImport_ImportModule("numpy");
+    if (numpy != nullptr) array_type_ = PyObject_GetAttrString(numpy, "ndarray");
+    Py_XDECREF(numpy);
+    PyErr_Clear();
+  }
+  ~TensorReader() { Py_XDECREF(array_type_); }
+  TensorReader(const TensorReader&) = delete;
+
+  // Whether memory is all there is to a gradient: an array of no subclass (one may hide elements),
+  // a tensor that reads as it lies. torch sets the bits of lazy conjugates and negatives where the
+  // pointer does not show them; `lazy` says whether a gradient could have one.
+  bool is_plain(PyObject* grad, bool lazy) const {
+    if (api_ == nullptr) return static_cast<void*>(Py_TYPE(grad)) == array_type_;
+    return !lazy || !(answers(grad, "is_conj") || answers(grad, "is_neg"));
+  }
 
   // Reads the address of a tensor of any type; null where the object is none.
   void* address(PyObject* object) const {
@@ -75,10 +94,24 @@ class TensorReader {
   // Reads address and layout; false (with no Python error set) where the object is not a plain
   // tensor in this machine's memory.
   bool read(PyObject* object, void*& data, Layout& layout) const {
-    return api_ != nullptr ? read_torch(object, data, layout) : read_buffer(object, data, layout);
+    const bool ok =
+        api_ != nullptr ? read_torch(object, data, layout) : read_buffer(object, data, layout);
+    return ok && reinterpret_cast<uintptr_t>(data) % itemsize(layout.format) == 0;
   }
 
  private:
+  static uintptr_t itemsize(Format format) {
+    return format == Format::kF64 ? 8 : format == Format::kF32 ? 4 : 2;
+  }
+
+  static bool answers(PyObject* object, const char* method) {
+    PyObject* answer = PyObject_CallMethod(object, method, nullptr);
+    const bool yes = answer == nullptr || answer == Py_True;
+    Py_XDECREF(answer);
+    PyErr_Clear();
+    return yes;
+  }
+
   bool read_torch(PyObject* object, void*& data, Layout& layout) const {
     DLTensor t;
     if (api_->dltensor_from_py_object_no_sync(object, &t) != 0) {
@@ -105,7 +138,7 @@ class TensorReader {
       return false;
     }
     layout.extents.clear();
-    for (int i = 0; i < t.ndim; ++i) {
+    for (int i = 0; i < t.ndim; ++i) {  // torch has seen to it that a gradient has the shape
       if (t.shape[i] != 1) {
         layout.extents.push_back(t.shape[i]);
         layout.extents.push_back(t.strides[i] << complex);
@@ -127,7 +160,9 @@ class TensorReader {
     const bool ok = type == 'f' || type == 'd' || type == 'e';
     layout.format = type == 'f' ? Format::kF32 : type == 'd' ? Format::kF64 : Format::kF16;
     layout.extents.clear();
+    layout.ones = uint64_t(1) << b.ndim;
     for (int i = 0; ok && i < b.ndim; ++i) {
+      layout.ones |= uint64_t(b.shape[i] == 1) << i;
       if (b.shape[i] != 1) {
         layout.extents.push_back(b.shape[i]);
         layout.extents.push_back(b.strides[i] / b.itemsize);
@@ -139,6 +174,7 @@ class TensorReader {
   }
 
   DLPackExchangeAPI* api_;
+  PyObject* array_type_ = nullptr;
 };
 
 }  // namespace ebbtide

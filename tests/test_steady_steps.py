@@ -33,8 +33,9 @@ def test_only_the_first_step_and_a_joining_array_are_planned(
 ) -> None:
     optimizer = getattr(ebbtide.numpy, family)(arrays(), lr=0.1, **options)
     planned: list[int] = []
-    plan = optimizer._plan
-    monkeypatch.setattr(optimizer, "_plan", lambda given: planned.append(step) or plan(given))
+    plan = optimizer._plan_and_run
+    note = lambda given: planned.append(step) or plan(given)  # noqa: E731
+    monkeypatch.setattr(optimizer, "_plan_and_run", note)
     schedule = Cosine(10)
     for step in range(10):
         optimizer.param_groups[0]["lr"] = 0.1 * schedule(step)

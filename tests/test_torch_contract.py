@@ -472,3 +472,18 @@ def test_the_order_of_state_keys_is_torchs() -> None:
         ours.step()
         theirs.step()
         assert list(ours.state[mine]) == list(theirs.state[other])
+
+
+@pytest.mark.parametrize("dtypes", [["bfloat16"], ["float32"], ["float32", "bfloat16"]], ids=str)
+def test_sgd_remembers_its_plan_whatever_the_dtypes(dtypes: list[str]) -> None:
+    """16-bit parameters count their steps, for the random bits; others do not."""
+    params = [nn.Parameter(torch.ones(3, dtype=getattr(torch, name))) for name in dtypes]
+    optimizer = SGD(params, lr=0.1, momentum=0.9)
+    planned = []
+    plan = optimizer._plan_and_run
+    optimizer._plan_and_run = lambda: planned.append(1) or plan()  # type: ignore[method-assign]
+    for _ in range(5):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert len(planned) == 1

@@ -121,6 +121,7 @@ NAMED: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted": lambda m: m.view(4, 2, 12).permute(2, 0, 1),
     "channels_last": lambda m: m.view(2, 4, 3, 4).contiguous(memory_format=torch.channels_last),
     "one element wide": lambda m: m[:, 5:6],
+    "misaligned by a byte": lambda m: misaligned(m),
 }
 
 
@@ -131,39 +132,87 @@ def test_named_layouts(kind: str, layout: str) -> None:
     assert_like_contiguous(kind, param, torch.empty(param.shape))
 
 
+def misaligned(like: Tensor) -> Tensor:
+    memory = bytearray(like.numel() * like.element_size() + 1)
+    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=1)
+    return flat.view(like.shape).copy_(like)
+
+
+LAZY: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda g: g[:1].expand(g.shape),
+    "transposed": lambda g: g.t().contiguous().t(),
+    "strided": lambda g: torch.stack([g, g + 1], -1)[..., 0],
+    "imaginary part of a conjugate": lambda g: torch.complex(torch.zeros_like(g), -g).conj().imag,
+    "misaligned": misaligned,
+}
+
+
 @each_kind
-@pytest.mark.parametrize(
-    "grad",
-    [
-        torch.ones(1).expand(4, 3),
-        torch.ones(4, 1).expand(4, 3),
-        torch.ones(3, 4).t(),
-        torch.ones(4, 6)[:, ::2],
-        torch.ones(4, 3, dtype=torch.float32)._neg_view()._neg_view(),
-        (-torch.ones(4, 3))._neg_view(),
-    ],
-    ids=["expanded", "expanded rows", "transposed", "strided", "twice negated", "negative view"],
-)
-def test_gradients_laid_out_otherwise_are_read_rightly(kind: str, grad: Tensor) -> None:
-    params = [torch.full((4, 3), 2.0) for _ in range(2)]
-    params[0].grad, params[1].grad = grad, torch.ones(4, 3)
-    for param in params:
-        KINDS[kind]([param]).step()
+@pytest.mark.parametrize("how", LAZY)
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1)], ids=str)
+def test_gradients_that_lie_otherwise_than_they_read(
+    kind: str, how: str, shape: tuple[int, int]
+) -> None:
+    """In the first step, which is planned, and in later ones, for which the plan is remembered."""
+    params = [torch.full(shape, 2.0) for _ in range(2)]
+    optimizers = [KINDS[kind]([param]) for param in params]
+    for step in range(5):
+        grad = LAZY[how](values(shape, torch.float32, step))
+        params[0].grad = grad if step != 1 else grad.clone(memory_format=torch.contiguous_format)
+        params[1].grad = grad.clone(memory_format=torch.contiguous_format)
+        for optimizer in optimizers:
+            optimizer.step()
     assert torch.equal(*params)
 
 
 @each_kind
+def test_a_scalar_parameter_with_the_lazy_negative_that_autograd_gives_it(kind: str) -> None:
+    scalar, weight = torch.ones((), requires_grad=True), torch.tensor(1.0 + 2.0j)
+    optimizer = KINDS[kind]([scalar])
+    plain = torch.ones(())
+    reference = KINDS[kind]([plain])
+    for _ in range(3):
+        optimizer.zero_grad()
+        (torch.complex(torch.ones(()), scalar).conj() * weight).imag.backward()
+        assert scalar.grad is not None
+        assert scalar.grad.is_neg()
+        plain.grad = scalar.grad.resolve_neg()
+        optimizer.step()
+        reference.step()
+    assert torch.equal(scalar.detach(), plain)
+
+
+@each_kind
 def test_conjugate_gradients_and_parameters(kind: str) -> None:
-    start, grad = values((3, 4), torch.complex64, 1), values((3, 4), torch.complex64, 2)
+    start = values((3, 4), torch.complex64, 1)
     plain, lazy = start.clone(), start.conj().resolve_conj().conj()
     assert lazy.is_conj()
-    for param, given_grad in ((plain, grad.clone()), (lazy, grad.conj().resolve_conj().conj())):
-        optimizer = KINDS[kind]([param])
-        for _ in range(2):
-            param.grad = given_grad
+    optimizers = [KINDS[kind]([param]) for param in (plain, lazy)]
+    for step in range(4):
+        grad = values((3, 4), torch.complex64, 2 + step)
+        plain.grad, lazy.grad = grad.clone(), grad.conj().resolve_conj().conj()
+        for optimizer in optimizers:
             optimizer.step()
     assert lazy.is_conj()
     assert torch.equal(lazy.resolve_conj(), plain)
+
+
+@each_kind
+def test_the_conjugate_gradients_that_autograd_gives(kind: str) -> None:
+    start, weight = values((3, 4), torch.complex64, 1), values((3, 4), torch.complex64, 2)
+    param, plain = start.clone().requires_grad_(), start.clone()
+    optimizers = [KINDS[kind]([each]) for each in (param, plain)]
+    for step in range(4):
+        optimizers[0].zero_grad()
+        lazily = step > 1  # once the plan is remembered
+        product = param.conj() * weight if lazily else param * weight
+        product.real.sum().backward()
+        assert param.grad is not None
+        assert param.grad.is_conj() == lazily or not lazily
+        plain.grad = param.grad.resolve_conj().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(param.detach(), plain)
 
 
 @each_kind

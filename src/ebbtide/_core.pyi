@@ -4,6 +4,8 @@
 
 SCALAR_COUNT: int = 17
 
+OTHERS_STEPPED: int = 4611686018427387904
+
 STALE: int = -1
 
 MISSING_BUCKET: int = -2
@@ -35,7 +37,7 @@ class Table:
 
     def sum_squares(self, groups: object | None, grads: object | None, states: object | None) -> object: ...
 
-    def stepped(self) -> object: ...
+    def stepped(self) -> list: ...
 
     def needed(self) -> list[tuple[int, int]]: ...
 

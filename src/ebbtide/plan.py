@@ -80,6 +80,7 @@ class Row:
         device: Where the memory is, in torch's words.
         counts_on_device: The step count lies there too and must not be read.
         local: The row is the local shard of a distributed tensor.
+        lazy_grad: Its gradient may read otherwise than it lies, as torch's lazy conjugates do.
         keep: Objects that own the memory of the addresses.
     """
 
@@ -102,6 +103,7 @@ class Row:
     device: str = "cpu"
     counts_on_device: bool = False
     local: bool = False
+    lazy_grad: bool = False
     keep: tuple[object, ...] = ()
 
 

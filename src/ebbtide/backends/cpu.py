@@ -93,7 +93,8 @@ class CompiledBackend:
         self._exchange_api = exchange_api
         self._table: Any = None
         self._buckets: list[tuple[int, int]] = []
-        self._counts_steps = True
+        self._others = False
+        self._counts = "all"  # which rows have a step count of their own
 
     def forget(self) -> None:
         """Drop the table: the next step plans anew."""
@@ -112,7 +113,8 @@ class CompiledBackend:
             by_name = self._exchange_api is None and row is not None
             table.add(param, group, row, state, row.name if by_name and row else param)
         self._table = table
-        self._counts_steps = plan.rule.counts_steps
+        counted = {row.step_address != 0 for _, _, row in plan.rows()}
+        self._counts = "some" if len(counted) == 2 else "all" if True in counted else "none"
         self._buckets = table.needed()
         return self._buckets
 
@@ -142,12 +144,11 @@ class CompiledBackend:
         return None if total is None else float(total)
 
     def stepped(self) -> list[Any] | None:
-        """Return the parameters that the last `rerun` stepped; `None` if those of the one before.
+        """Return the parameters that `rerun` stepped, if they are others than the time before.
 
         Parameters rest while they have no gradient.
         """
-        stepped: list[Any] | None = self._table.stepped()
-        return stepped
+        return self._table.stepped() if self._others else None
 
     def rerun(
         self,
@@ -171,8 +172,13 @@ class CompiledBackend:
         untouched = self._table.step(params, grads, states, buckets, grad_scale, guard)
         if untouched < 0:
             return None
-        if self._counts_steps:
+        self._others = untouched >= _core.OTHERS_STEPPED
+        if self._others:
+            untouched -= _core.OTHERS_STEPPED
+        if self._counts == "all":
             self._buckets = [(group, step + 1) for group, step in self._buckets]
-        else:  # all later steps are alike
+        elif self._counts == "none":  # all later steps are alike
             self._buckets = list(dict.fromkeys((group, 2) for group, _ in self._buckets))
+        else:
+            self._buckets = self._table.needed()
         return Outcome(self._table.untouched() if untouched else [])

@@ -44,6 +44,7 @@ class AdamW(Optimizer):
         nonfinite: `"raise"` leaves elements with a non-finite gradient untouched and raises after
             the step; `"skip"` drops the whole step; `"propagate"` computes with them.
         clip_grad_norm: Clip the global norm of all gradients to this; gradients are not written.
+        seed: Of stochastic rounding for float16 arrays, at least 0.
 
     Raises:
         TypeError, ValueError: Named after the array or hyperparameter at fault.
@@ -81,6 +82,7 @@ class AdamW(Optimizer):
         decay_mask: DecayMask | None = None,
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -93,7 +95,7 @@ class AdamW(Optimizer):
             "cautious": cautious,
             "base_lr": base_lr,
             "bias_correction": bias_correction,
-            "seed": 0,
+            "seed": seed,
         }
         super().__init__(
             params,
@@ -152,6 +154,7 @@ class SGD(Optimizer):
         decay_mask: As in `AdamW`.
         nonfinite: As in `AdamW`.
         clip_grad_norm: As in `AdamW`.
+        seed: As in `AdamW`.
 
     Example:
         >>> import numpy as np
@@ -179,6 +182,7 @@ class SGD(Optimizer):
         decay_mask: DecayMask | None = None,
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -191,7 +195,7 @@ class SGD(Optimizer):
             "cautious": cautious,
             "base_lr": base_lr,
             "bias_correction": True,
-            "seed": 0,
+            "seed": seed,
         }
         super().__init__(
             params,

@@ -20,11 +20,10 @@ from ebbtide.hyperparameters import (
     validate_values,
 )
 from ebbtide.numpy.loading import alike, loaded
-from ebbtide.numpy.rows import Array, check_grad, check_param, row_of
+from ebbtide.numpy.rows import Array, Planner, check_param, finite_sum_squares
 from ebbtide.plan import (
     Bucket,
     Outcome,
-    Plan,
     clip_scale,
     nonfinite_message,
 )
@@ -35,6 +34,8 @@ __all__ = ["DecayMask", "Grads", "Optimizer", "Params"]
 Params = Mapping[str, Array] | Sequence[Array] | Sequence[Mapping[str, Any]]
 Grads = Mapping[str, Array | None] | Sequence[Array | None]
 DecayMask = Mapping[str, bool] | Callable[[str, Array], bool]
+
+_OF_THE_PLAN = ("_backend", "_readers", "_order", "_lists")
 
 
 class Optimizer:
@@ -62,14 +63,27 @@ class Optimizer:
         self.last_step_skipped = False
         self.skipped_steps = 0
         self._decay_mask = decay_mask
-        self._backend: CompiledBackend | PureBackend = (
-            CompiledBackend() if available() else PureBackend()
-        )
+        self._reset()
         for group in _as_groups(params):
             self.add_param_group(group)
         if not self._names:
             raise ValueError("optimizer got an empty parameter list")
         self._check_mask()
+
+    def _reset(self) -> None:
+        self._backend = _new_backend()
+        self._calls = 0
+        self._warned_no_gradients = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep: all but the remembered plan."""
+        return {key: value for key, value in vars(self).items() if key not in _OF_THE_PLAN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle; its arrays are its own."""
+        vars(self).update(state)
+        self._reset()
+        self._lay_out()
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add arrays with hyperparameters of their own.
@@ -132,7 +146,12 @@ class Optimizer:
                     if decays[name] == (part == 0)
                 ]
         self._readers = [
-            GroupReader(self._rule, f" (param group {index})", decays=decays)
+            GroupReader(
+                self._rule,
+                f" (param group {index})",
+                decays=decays,
+                restructured=self._backend.forget,
+            )
             for index in range(len(self.param_groups))
             for decays in (True, False)
         ]
@@ -156,6 +175,7 @@ class Optimizer:
         """
         given = self._aligned(grads)
         self.last_step_skipped = False
+        self._calls += 1
         outcome = self._rerun(given)
         if outcome is None:
             outcome = self._plan_and_run(given)
@@ -182,80 +202,75 @@ class Optimizer:
         ]
 
     @property
-    def _plain(self) -> bool:
-        """Whether a step needs nothing of the gradients before it begins."""
-        return self.clip_grad_norm is None and self.nonfinite != "skip"
+    def _looks_first(self) -> bool:
+        """Whether a step must have seen all gradients before it begins."""
+        return self.clip_grad_norm is not None or self.nonfinite == "skip"
 
     def _rerun(self, given: list[Array | None]) -> Outcome | None:
-        if not self._backend.buckets or not self._plain:
+        """Run the remembered plan again, if nothing has moved: the usual step."""
+        backend = self._backend
+        if not backend.buckets:
             return None
-        buckets = self._buckets(self._backend.buckets)
-        guard = self.nonfinite != "propagate"
-        return self._backend.rerun(self._lists, given, self.state, buckets, 1.0, guard)
+        buckets = self._buckets(backend.buckets)
+        if not backend.buckets:  # a group has changed so much that the plan was forgotten
+            return None
+        guard, scale = self.nonfinite != "propagate", 1.0
+        lists: list[list[Array]] | None = self._lists
+        if self._looks_first:
+            total = backend.look(self._lists, given, self.state)
+            if total is None or (not math.isfinite(total) and self.nonfinite == "raise"):
+                return None
+            scale = self._judge(total)
+            if self.last_step_skipped:
+                return Outcome([])
+            lists = None
+        return backend.rerun(lists, given, self.state, buckets, scale, guard)
+
+    def _judge(self, total: float) -> float:
+        """Return what to multiply the gradients by, given their sum of squares; or skip."""
+        self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
+        if self.nonfinite == "skip" and not math.isfinite(total):
+            self.last_step_skipped = True
+            self.skipped_steps += 1
+        return clip_scale(total, self.clip_grad_norm)
 
     def _plan_and_run(self, given: list[Array | None]) -> Outcome:
-        plan, staged, created = self._plan(given)
-        plan.check_overlap()
-        buckets = self._buckets(self._backend.load(plan))
-        scale = 1.0
-        if not self._plain:
-            total = self._backend.sum_squares(plan)
-            self.last_grad_norm = math.sqrt(total) if total >= 0 else math.nan
-            if self.nonfinite == "skip" and not math.isfinite(total):
-                self.last_step_skipped = True
-                self.skipped_steps += 1
-                self._backend.forget()
+        planner, scale = Planner(self._rule, self.state), 1.0
+        for reader, group in zip(self._readers[::2], self.param_groups, strict=True):
+            reader.check(group)
+        for (name, array, part), grad in zip(self._order, given, strict=True):
+            planner.add(name, array, grad, part, self.param_groups[part // 2])
+        planner.plan.check_overlap()
+        if self._looks_first:
+            scale = self._judge(self._sum_squares(planner, given))
+            if self.last_step_skipped:
                 return Outcome([])
-            if self.nonfinite == "raise" and not math.isfinite(total):
-                total = _finite_sum_squares(given)  # the others are clipped by their own norm
-                self.last_grad_norm = math.sqrt(total)
-            scale = clip_scale(total, self.clip_grad_norm)
-        self.state.update(created)
+        planner.commit()
+        buckets = self._buckets(self._backend.load(planner.plan))
         guard = self.nonfinite != "propagate"
-        outcome = self._backend.run(plan, buckets, grad_scale=scale, guard=guard)
-        for array, copy in staged:
+        outcome = self._backend.run(planner.plan, buckets, grad_scale=scale, guard=guard)
+        for array, copy in planner.staged:
             array[...] = copy
+        self._warn_without_gradients(given)
         return outcome
 
-    def _plan(
-        self, given: list[Array | None]
-    ) -> tuple[Plan, list[tuple[Array, Array]], dict[str, dict[str, Array]]]:
-        """Check every gradient and describe the step as rows; writes nothing of the user's."""
-        plan, staged, created = Plan(self._rule), [], {}
-        for (name, array, part), grad in zip(self._order, given, strict=True):
-            if grad is None:
-                plan.entries.append((array, part, None, None))
-                continue
-            check_grad(name, array, grad)
-            group = self.param_groups[part // 2]
-            state, fresh = self._state_of(name, array, group)
-            if fresh:
-                created[name] = state
-            row, copy = row_of(name, array, grad, state, self._rule.state_keys(group), fresh)
-            if copy is not None:
-                staged.append((array, copy))
-            plan.cacheable &= not row.keep
-            plan.entries.append((array, part, row, state))
-        return plan, staged, created
+    def _sum_squares(self, planner: Planner, given: list[Array | None]) -> float:
+        backend = _new_backend()  # one that knows nothing of the state, which is not there yet
+        backend.load(planner.plan)
+        total = backend.sum_squares(planner.plan)
+        if self.nonfinite == "raise" and not math.isfinite(total):
+            return finite_sum_squares(given)  # the others are clipped by their own norm
+        return total
 
-    def _state_of(
-        self, name: str, array: Array, group: Mapping[str, Any]
-    ) -> tuple[dict[str, Array], bool]:
-        keys = self._rule.state_keys(group)
-        if name in self.state and all(key in self.state[name] for key in keys):
-            return self.state[name], False
-        # numpy's own 16-bit type has too little range for squares of gradients.
-        dtype = np.float32 if array.dtype == np.float16 else array.dtype
-        state: dict[str, Array] = dict(self.state.get(name, {}))
-        if self._rule.counts_steps and "step" not in state:
-            state["step"] = np.zeros((), np.float32)
-        for key in keys:
-            state.setdefault(key, np.zeros_like(array, dtype=dtype, subok=False))
-        return state, True
+    def _warn_without_gradients(self, given: list[Array | None]) -> None:
+        if self._warned_no_gradients or any(grad is not None for grad in given):
+            return
+        self._warned_no_gradients = True
+        warnings.warn("step() saw no gradients: nothing was updated", stacklevel=4)
 
     def _step_of(self, name: str) -> int:
         state = self.state.get(name, {})
-        return int(state["step"]) if "step" in state else 0
+        return int(state["step"]) if "step" in state else self._calls
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyperparameters as plain arrays, in torch's arrangement.
@@ -337,11 +352,5 @@ def _named(params: Any, *, start: int) -> dict[str, Array]:
     return {str(start + i): array for i, array in enumerate(params)}
 
 
-def _finite_sum_squares(grads: Sequence[Array | None]) -> float:
-    return float(
-        sum(
-            np.square(grad[np.isfinite(grad)], dtype=np.float64).sum()
-            for grad in grads
-            if grad is not None
-        )
-    )
+def _new_backend() -> CompiledBackend | PureBackend:
+    return CompiledBackend() if available() else PureBackend()

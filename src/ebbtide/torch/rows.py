@@ -214,12 +214,8 @@ class Planner:
             self.staged.append((target, mine))
             keep.append(mine)
         dtype = mine.dtype if torch.float64 in (mine.dtype, theirs.dtype) else theirs.dtype
-        if (
-            theirs.is_conj()
-            or theirs.is_neg()
-            or theirs.dtype != dtype
-            or extents(theirs) != extents(mine)
-        ):
+        alike = theirs.dtype == dtype and extents(theirs) == extents(mine)
+        if not (alike and _lies_as_it_reads(theirs)):
             theirs = torch.empty_like(mine, dtype=dtype).copy_(theirs)
             keep.append(theirs)
         step = state.get("step")
@@ -242,6 +238,8 @@ class Planner:
             step_is_double=step is not None and step.dtype == torch.float64,
             count=count,
             local=distributed(param),
+            # A negative of several elements has gaps: it is the imaginary part of a conjugate.
+            lazy_grad=mine.is_complex() or mine.numel() == 1,
             keep=tuple(keep),
         )
 
@@ -299,9 +297,14 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
 
 def _is_staged(tensor: torch.Tensor) -> bool:
     """Whether the kernels get a copy: memory with gaps, or that reads otherwise than it lies."""
-    return (
-        tensor.is_conj() or tensor.is_neg() or layout_of(tensor.shape, tensor.stride()) != "dense"
-    )
+    return not _lies_as_it_reads(tensor) or layout_of(tensor.shape, tensor.stride()) != "dense"
+
+
+def _lies_as_it_reads(tensor: torch.Tensor) -> bool:
+    """Whether the memory holds the numbers themselves, at addresses that suit their size."""
+    itemsize = tensor.element_size() // (2 if tensor.is_complex() else 1)
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return not lazy and (tensor.numel() == 0 or tensor.data_ptr() % itemsize == 0)
 
 
 def _fitted(value: torch.Tensor, param: torch.Tensor, *, kernels: bool) -> torch.Tensor:
@@ -316,7 +319,8 @@ def _fitted(value: torch.Tensor, param: torch.Tensor, *, kernels: bool) -> torch
     dtype = local.dtype
     if dtype != mine.dtype and (dtype in _DOUBLE or mine.dtype in _DOUBLE):
         dtype = mine.dtype
-    if local.dtype == dtype and extents(local) == extents(mine):
+    alike = local.dtype == dtype and extents(local) == extents(mine)
+    if alike and _lies_as_it_reads(local):
         return value
     laid = torch.empty_like(mine, dtype=dtype, device=local.device).copy_(local)
     return sharded_like(laid, param)
