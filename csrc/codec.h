@@ -1,7 +1,6 @@
-// Codecs: how a block of at most 128 elements is read into floats and written back.
-//
-// `open` gives floats to work on: the memory itself where it already holds floats, else a decoded
-// copy in the buffer; `close` encodes the buffer again. A codec knows no rule.
+// Codecs of single numbers, and where a block of at most 128 elements lies in a row.
+// src/ebbtide/codecs is their definition. Nothing here has a name outside its object: each
+// instruction set has its own.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include "step.h"
 
 namespace ebbtide {
+namespace {
 
 struct Block {
   int64_t index;   // in the whole parameter
@@ -75,52 +75,30 @@ inline uint16_t float_to_f16(float x, uint32_t bits) {
 }
 inline uint32_t f16_nearest_bits(float x) { return 0xFFFu + ((to_bits(x) >> 13) & 1u); }
 
-// Random bits of a block for one field, or none: round to nearest.
-struct Dither {
-  uint32_t hash = 0;
-  bool on = false;
-  uint32_t at(int lane) const { return kLaneConstants[lane] ^ hash; }
+// A float as a bfloat16 and a signed residual: high·2^16 + residual·2^(16 - bits) are its bits.
+struct Split {
+  uint16_t high;
+  int16_t residual;
 };
-
-inline float* open(const Field& field, const Block& b, float* buffer) {
-  switch (field.format) {
-    case Format::kF32:
-      return static_cast<float*>(field.data) + b.start;
-    case Format::kBF16: {
-      const uint16_t* from = static_cast<const uint16_t*>(field.data) + b.start;
-      for (int j = 0; j < b.n; ++j) buffer[j] = bf16_to_float(from[j]);
-      return buffer;
-    }
-    case Format::kF16: {
-      const uint16_t* from = static_cast<const uint16_t*>(field.data) + b.start;
-      for (int j = 0; j < b.n; ++j) buffer[j] = f16_to_float(from[j]);
-      return buffer;
-    }
-    default:
-      return nullptr;
+// `round` is added below the kept part; 0 for 16 bits, which lose nothing.
+template <int kBits>
+inline Split split(float x, uint32_t round) {
+  const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u;
+  uint32_t magnitude = u & 0x7FFFFFFFu;
+  if (magnitude >= 0x7F800000u) return {float_to_bf16(x, 0), 0};
+  if (kBits == 8) {
+    magnitude += round;
+    magnitude = (magnitude > 0x7F7FFFFFu ? 0x7F7FFFFFu : magnitude) & ~0xFFu;
   }
+  const uint32_t high = (magnitude + 0x8000u) >> 16;
+  return {uint16_t(sign | high), int16_t(int32_t(magnitude - (high << 16)) >> (16 - kBits))};
+}
+template <int kBits>
+inline float join(uint16_t high, int32_t residual) {
+  // A parameter set to zero from outside is zero, whatever residual it had.
+  if ((high & 0x7FFFu) == 0 && residual < 0) residual = 0;
+  return from_bits((uint32_t(high) << 16) + uint32_t(residual * (1 << (16 - kBits))));
 }
 
-inline void close(const Field& field, const Block& b, const float* buffer, Dither dither) {
-  uint16_t* to = static_cast<uint16_t*>(field.data) + b.start;
-  switch (field.format) {
-    case Format::kBF16:
-      for (int j = 0; j < b.n; ++j) {
-        const float x = buffer[j];
-        to[j] =
-            float_to_bf16(x, dither.on ? dither.at(b.first_lane + j) >> 16 : bf16_nearest_bits(x));
-      }
-      return;
-    case Format::kF16:
-      for (int j = 0; j < b.n; ++j) {
-        const float x = buffer[j];
-        to[j] =
-            float_to_f16(x, dither.on ? dither.at(b.first_lane + j) >> 19 : f16_nearest_bits(x));
-      }
-      return;
-    default:
-      return;  // kF32: worked on in place
-  }
-}
-
+}  // namespace
 }  // namespace ebbtide

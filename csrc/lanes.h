@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -19,6 +20,16 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+// The rules and codecs are used by many kernels, so many that g++ would call them: in one loop of
+// float32 that costs 40 % (docs/log.md).
+#define EBBTIDE_INLINE [[gnu::always_inline]] inline
+
+// Loops over a block: unrolled where the registers hold the block.
+#if defined(__AVX512F__)
+#define EBBTIDE_UNROLL _Pragma("GCC unroll 8")
+#else
+#define EBBTIDE_UNROLL
+#endif
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFma = true;
 #else
@@ -28,6 +39,8 @@ constexpr bool kFma = false;
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using HalfLanes = float __attribute__((vector_size(2 * kLanes)));
 using DoubleLanes = double __attribute__((vector_size(4 * kLanes)));
+using IntLanes = int32_t __attribute__((vector_size(4 * kLanes)));
+using UintLanes = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 template <typename V, typename S>
 inline V splat(S x) {
@@ -92,5 +105,152 @@ inline DoubleLanes sqrt(DoubleLanes x) {
 }
 #endif
 inline DoubleLanes madd(DoubleLanes a, DoubleLanes b, DoubleLanes c) { return a * b + c; }
+
+// What the codecs need: bits of floats, conversions, whole numbers of 8 and 16 bits in memory,
+// maxima. Without a name, so that no other instruction set's object can lend its code.
+namespace {
+
+EBBTIDE_INLINE UintLanes to_bits(Lanes x) { return (UintLanes)x; }
+EBBTIDE_INLINE Lanes from_bits(UintLanes x) { return (Lanes)x; }
+EBBTIDE_INLINE Lanes to_float(IntLanes x) { return __builtin_convertvector(x, Lanes); }
+EBBTIDE_INLINE IntLanes truncate(Lanes x) { return __builtin_convertvector(x, IntLanes); }
+EBBTIDE_INLINE UintLanes splat_bits(uint32_t x) { return UintLanes{} + x; }
+
+EBBTIDE_INLINE UintLanes larger(UintLanes a, UintLanes b) { return a > b ? a : b; }
+EBBTIDE_INLINE UintLanes smaller(UintLanes a, UintLanes b) { return a < b ? a : b; }
+
+#if defined(__AVX512F__)
+EBBTIDE_INLINE UintLanes load_wide(const uint8_t* at) {
+  return (UintLanes)_mm512_maskz_cvtepu8_epi32(
+      0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+EBBTIDE_INLINE IntLanes load_wide(const int8_t* at) {
+  return (IntLanes)_mm512_maskz_cvtepi8_epi32(
+      0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+EBBTIDE_INLINE UintLanes load_wide(const uint16_t* at) {
+  return (UintLanes)_mm512_maskz_cvtepu16_epi32(
+      0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+EBBTIDE_INLINE IntLanes load_wide(const int16_t* at) {
+  return (IntLanes)_mm512_maskz_cvtepi16_epi32(
+      0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+// The low bits of each lane.
+EBBTIDE_INLINE void store_low(void* to, UintLanes x, int16_t) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x));
+}
+EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x));
+}
+// As many bytes as lanes, of numbers that fit.
+template <typename Byte, typename V>
+EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
+  for (int i = 0; i < vectors; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes),
+                     _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x[i]));
+  }
+}
+EBBTIDE_INLINE bool any(UintLanes mask) {
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+}
+#elif defined(__AVX2__)
+EBBTIDE_INLINE UintLanes load_wide(const uint8_t* at) {
+  return (UintLanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+EBBTIDE_INLINE IntLanes load_wide(const int8_t* at) {
+  return (IntLanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+EBBTIDE_INLINE UintLanes load_wide(const uint16_t* at) {
+  return (UintLanes)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+EBBTIDE_INLINE IntLanes load_wide(const int16_t* at) {
+  return (IntLanes)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+// The low bits of each lane.
+EBBTIDE_INLINE void store_low(void* to, UintLanes x, int16_t) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)(x & 0xFFFFu), (__m256i)(x & 0xFFFFu));
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
+  const __m256i first = _mm256_set1_epi32(0x0C080400);  // the lowest byte of each lane
+  const __m256i order = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4);
+  const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8((__m256i)x, first), order);
+  _mm_storel_epi64(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+// Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
+template <typename Byte, typename V>
+EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < vectors; i += 4) {
+    const __m256i low = _mm256_packs_epi32((__m256i)x[i], (__m256i)x[i + 1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)x[i + 2], (__m256i)x[i + 3]);
+    const __m256i bytes =
+        std::is_signed_v<Byte> ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kLanes),
+                        _mm256_permutevar8x32_epi32(bytes, order));
+  }
+}
+EBBTIDE_INLINE bool any(UintLanes mask) {
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+}
+#else
+template <typename Number>
+EBBTIDE_INLINE auto load_wide(const Number* at) {
+  std::conditional_t<std::is_signed_v<Number>, IntLanes, UintLanes> x;
+  for (int i = 0; i < kLanes; ++i) x[i] = at[i];
+  return x;
+}
+// The low bits of each lane.
+template <typename Number>
+EBBTIDE_INLINE void store_low(void* to, UintLanes x, Number) {
+  for (int i = 0; i < kLanes; ++i) static_cast<Number*>(to)[i] = Number(x[i]);
+}
+template <typename Byte, typename V>
+EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
+  for (int i = 0; i < vectors; ++i) {
+    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = Byte(x[i][j]);
+  }
+}
+EBBTIDE_INLINE uint32_t largest(UintLanes x) {
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+EBBTIDE_INLINE uint32_t smallest(UintLanes x) { return ~largest(~x); }
+EBBTIDE_INLINE uint32_t total(UintLanes x) {
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
+EBBTIDE_INLINE bool any(UintLanes mask) { return largest(mask) != 0; }
+#endif
+
+template <typename Number>
+EBBTIDE_INLINE void store_low(Number* to, UintLanes x) {
+  store_low(to, x, std::make_signed_t<Number>());
+}
+
+#if defined(__AVX2__)
+// Halves, quarters, ... are combined; the order of elements does not matter to any of the three.
+template <__m256i (*kWide)(__m256i, __m256i), __m128i (*kNarrow)(__m128i, __m128i)>
+EBBTIDE_INLINE uint32_t fold(UintLanes x) {
+#if defined(__AVX512F__)
+  const __m256i wide = kWide(_mm512_castsi512_si256((__m512i)x),
+                             _mm512_maskz_extracti64x4_epi64(0xF, (__m512i)x, 1));
+#else
+  const __m256i wide = (__m256i)x;
+#endif
+  __m128i half = kNarrow(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  half = kNarrow(half, _mm_shuffle_epi32(half, 0x4E));
+  return uint32_t(_mm_cvtsi128_si32(kNarrow(half, _mm_shuffle_epi32(half, 0xB1))));
+}
+EBBTIDE_INLINE uint32_t largest(UintLanes x) { return fold<_mm256_max_epu32, _mm_max_epu32>(x); }
+EBBTIDE_INLINE uint32_t smallest(UintLanes x) { return fold<_mm256_min_epu32, _mm_min_epu32>(x); }
+EBBTIDE_INLINE uint32_t total(UintLanes x) { return fold<_mm256_add_epi32, _mm_add_epi32>(x); }
+#endif
+
+}  // namespace
 
 }  // namespace ebbtide

@@ -1,10 +1,10 @@
 // Counter-based random bits for stochastic rounding: no state, the same whatever the threads.
 //
-// One hash a block of 128 elements, of (seed, step, salt of the parameter, index of the block in
-// the whole parameter); the elements of the block vary it by a constant of their lane. The top
-// seven bits of the constants are a permutation of 0..127, so the 128 roundings of a block are
-// spread evenly over [0, 1) whatever the hash: each is unbiased and their mean has less noise than
-// independent bits.
+// One hash for a block of 128 elements and 128 steps, of (seed, step / 128, salt of the parameter,
+// index of the block in the whole parameter). The elements vary it by a constant of their lane, the
+// steps advance it by the golden ratio: the roundings of a block, and those of an element over the
+// steps, are spread evenly over [0, 1), so that their errors cancel instead of adding up. Each
+// alone is uniform. src/ebbtide/codecs/dither.py is the definition.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -26,17 +26,35 @@ constexpr std::array<uint32_t, kBlock> lane_constants() {
   for (uint32_t lane = 0; lane < kBlock; ++lane) {
     uint32_t reversed = 0;
     for (int bit = 0; bit < 7; ++bit) reversed |= ((lane >> bit) & 1u) << (6 - bit);
-    constants[lane] = (reversed << 25) | uint32_t(mix(lane) >> 39);
+    const uint64_t filling = mix(lane);
+    const uint32_t upper = (reversed << 9) | uint32_t(filling >> 55);
+    const uint32_t lower = ((lane * 85 & 127u) << 9) | uint32_t(filling & 511u);
+    constants[lane] = (upper << 16) | lower;
   }
   return constants;
 }
-inline constexpr std::array<uint32_t, kBlock> kLaneConstants = lane_constants();
+alignas(64) inline constexpr std::array<uint32_t, kBlock> kLaneConstants = lane_constants();
 
-// The key of one parameter at one step; `block_bits` of it and a block index gives the block's
-// hash.
-constexpr uint64_t row_key(uint64_t seed, uint64_t step, uint64_t salt) {
-  return mix(mix(seed) ^ mix(step * 0xD1342543DE82EF95u) ^ salt);
-}
-constexpr uint64_t block_bits(uint64_t key, uint64_t block) { return mix(key ^ (block << 1)); }
+// The bits of one block at one step, before the lanes vary them.
+struct Words {
+  uint32_t param, state;
+};
+
+// The random bits of one parameter at one step.
+class RowBits {
+ public:
+  constexpr RowBits(uint64_t seed, uint64_t step, uint64_t salt)
+      : key_(mix(mix(seed) ^ mix((step >> 7) * 0xD1342543DE82EF95u) ^ salt)),
+        advance_(uint32_t(step) * 0x9E376A09u) {}
+
+  constexpr Words of(int64_t block) const {
+    const uint64_t hash = mix(key_ ^ (uint64_t(block) << 1));
+    return {uint32_t(hash) + advance_, uint32_t(hash >> 32) + advance_};
+  }
+
+ private:
+  uint64_t key_;
+  uint32_t advance_;
+};
 
 }  // namespace ebbtide

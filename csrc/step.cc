@@ -1,68 +1,52 @@
 // The kernels of one instruction set: blocks of rows → decode, update, encode.
 //
-// Compiled once for each instruction set with EBBTIDE_ISA naming it; the results differ only between
-// builds with and without fma.
+// Compiled once for each instruction set with EBBTIDE_ISA naming it; the results differ only
+// between builds with and without fma.
 #include "step.h"
 
+#include <tuple>
 #include <type_traits>
 
-#include "codec.h"
+#include "coded.h"
 #include "update.h"
 
 namespace ebbtide {
 namespace {
 
-template <typename S>
-Scalars<S> narrow(const StepScalars& s) {
-  return {S(s.lr),          S(1 - s.decay),
-          S(s.l2),          S(s.cautious),
-          S(s.grad_scale),  S(s.exp_avg_weight),
-          S(s.beta2),       S(s.one_minus_beta2),
-          S(s.eps),         S(s.step_size),
-          S(s.sqrt_bias_correction2), S(s.momentum),
-          S(s.buffer_keep), S(s.buffer_add),
-          S(s.nesterov)};
-}
-
 // What a rule needs beside p and g: how many state streams, and which function.
 struct Adam {
   static constexpr int kState = 2;
   template <typename V, typename S>
-  static V apply(V& p, V g, V* state, const Scalars<S>& s) {
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
     return adam<V, S>(p, g, state[0], state[1], nullptr, s);
   }
 };
 struct AMSGrad {
   static constexpr int kState = 3;
   template <typename V, typename S>
-  static V apply(V& p, V g, V* state, const Scalars<S>& s) {
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
     return adam<V, S>(p, g, state[0], state[1], &state[2], s);
   }
 };
 struct PlainSGD {
   static constexpr int kState = 0;
   template <typename V, typename S>
-  static V apply(V& p, V g, V*, const Scalars<S>& s) {
+  EBBTIDE_INLINE static V apply(V& p, V g, V*, const Scalars<S>& s) {
     return sgd<V, S>(p, g, nullptr, s);
   }
 };
 struct MomentumSGD {
   static constexpr int kState = 1;
   template <typename V, typename S>
-  static V apply(V& p, V g, V* state, const Scalars<S>& s) {
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
     return sgd<V, S>(p, g, &state[0], s);
   }
 };
 
-template <typename V>
-inline auto finite(V x) {
-  return x - x == V{};
-}
-
 // One V of elements: load, update, store; counts the elements left untouched.
 template <class R, bool kGuard, typename V, typename S, typename Count>
-inline void update_at(int64_t j, S* p, const S* g, S* const* state, const Scalars<S>& s,
-                      Count& stepped) {
+EBBTIDE_INLINE void update_at(int64_t j, S* p, const S* g, S* const* state, const Scalars<S>& s,
+                              Count& stepped) {
   const V old_p = load<V>(p + j);
   V new_p = old_p, old_state[R::kState + 1], new_state[R::kState + 1];
   for (int k = 0; k < R::kState; ++k) new_state[k] = old_state[k] = load<V>(state[k] + j);
@@ -81,7 +65,8 @@ inline void update_at(int64_t j, S* p, const S* g, S* const* state, const Scalar
   for (int k = 0; k < R::kState; ++k) store(state[k] + j, new_state[k]);
 }
 
-// One kB ahead: what one core's outstanding misses need (docs/log.md); a prefetch past the end is ignored.
+// One kB ahead: what one core's outstanding misses need (docs/log.md); a prefetch past the end is
+// ignored.
 constexpr int64_t kAhead = 1024;
 
 template <typename T>
@@ -112,29 +97,93 @@ int64_t update_span(S* __restrict p, const S* __restrict g, S* const* state, int
   return n - stepped;
 }
 
-// Blocks whose formats are not float: decode into L1, update, encode.
+// Streams for a row of any formats, decided element by element at run time; slower.
+template <class R, bool kGuard>
+int64_t update_any(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end) {
+  const auto any = [](char* at, const Field& field, bool stochastic) {
+    return AnyStream{at, field.format, stochastic};
+  };
+  const auto with_param = [&](auto param_at) {
+    if constexpr (R::kState >= 2) {
+      if (row.state[0].format == Format::kSigned8) {
+        return step_blocks<R, kGuard>(row, scalars, begin, end,
+                                      [&](char* const* at, int64_t block) {
+                                        return std::tuple(param_at(at), any(at[1], row.grad, false),
+                                                          moments8<R::kState>(row, at, block));
+                                      });
+      }
+    }
+    return step_blocks<R, kGuard>(row, scalars, begin, end, [&](char* const* at, int64_t) {
+      Elementwise<AnyStream, AnyStream, R::kState> state;
+      if constexpr (R::kState > 0) state.first = any(at[3], row.state[0], false);
+      for (int k = 1; k < R::kState; ++k) state.second[k - 1] = any(at[3 + k], row.state[k], true);
+      return std::tuple(param_at(at), any(at[1], row.grad, false), state);
+    });
+  };
+  if (row.residual_bits == 8) return with_param(split_at<8>);
+  if (row.residual_bits == 16) return with_param(split_at<16>);
+  return with_param([&](char* const* at) { return any(at[0], row.param, row.stochastic); });
+}
+
+// The streams of the usual formats: everything is known when this is compiled.
+template <bool kGuard, class ParamAt, class Grad>
+int64_t update_usual(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end,
+                     const ParamAt& param_at, Grad) {
+  const auto grad_at = [](char* const* at) {
+    return Grad{reinterpret_cast<decltype(Grad::at)>(at[1])};
+  };
+  const auto blocks = [&](const auto& streams) {
+    return step_blocks<Adam, kGuard>(row, scalars, begin, end, streams);
+  };
+  if (row.state[0].format == Format::kSigned8) {
+    return blocks([&](char* const* at, int64_t block) {
+      return std::tuple(param_at(at), grad_at(at), moments8<2>(row, at, block));
+    });
+  }
+  if (row.state[0].format == Format::kBF16) {
+    return blocks([&](char* const* at, int64_t) {
+      return std::tuple(
+          param_at(at), grad_at(at),
+          Elementwise<BFloatStream<false>, BFloatStream<true>, 2>{
+              {reinterpret_cast<uint16_t*>(at[3])}, {{reinterpret_cast<uint16_t*>(at[4])}}});
+    });
+  }
+  return blocks([&](char* const* at, int64_t) {
+    return std::tuple(param_at(at), grad_at(at),
+                      Elementwise<FloatStream, FloatStream, 2>{
+                          {reinterpret_cast<float*>(at[3])}, {{reinterpret_cast<float*>(at[4])}}});
+  });
+}
+
+// Blocks whose formats are not float: decode, update, encode.
 template <class R, bool kGuard>
 int64_t update_coded(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end) {
-  const Scalars<float> s = narrow<float>(scalars);
-  const uint64_t key = row_key(uint64_t(scalars.seed), uint64_t(scalars.step), row.salt);
-  alignas(64) float buffers[2 + kMaxState][kBlock];
-  int64_t untouched = 0;
-  for (int64_t block = begin; block < end; ++block) {
-    const Block b = locate(row, block);
-    const uint64_t bits = block_bits(key, uint64_t(b.index));
-    float* p = open(row.param, b, buffers[0]);
-    const float* g = open(row.grad, b, buffers[1]);
-    float* state[kMaxState] = {};
-    for (int k = 0; k < R::kState; ++k) state[k] = open(row.state[k], b, buffers[2 + k]);
-    untouched += update_span<R, kGuard, float>(p, g, state, b.n, s);
-    close(row.param, b, p, {uint32_t(bits), row.stochastic});
-    // The first moment is rounded to nearest; moments of squares would stall that way (a step
-    // of β2 = .999 is below half an ulp of bfloat16), so they are rounded stochastically.
-    for (int k = 0; k < R::kState; ++k) {
-      close(row.state[k], b, state[k], {uint32_t(bits >> 32), k > 0});
+  if constexpr (std::is_same_v<R, Adam>) {
+    const bool alike =
+        row.state[0].format == row.state[1].format || row.state[0].format == Format::kSigned8;
+    const bool known = row.state[0].format != Format::kF16;
+    if (alike && known && row.param.format == row.grad.format) {
+      const auto usual = [&](const auto& param_at, auto grad) {
+        return update_usual<kGuard>(row, scalars, begin, end, param_at, grad);
+      };
+      if (row.param.format == Format::kF32) {
+        return usual([](char* const* at) { return FloatStream{reinterpret_cast<float*>(at[0])}; },
+                     FloatStream{});
+      }
+      if (row.param.format == Format::kBF16) {
+        if (row.residual_bits == 8) return usual(split_at<8>, BFloatStream<false>{});
+        if (row.residual_bits == 16) return usual(split_at<16>, BFloatStream<false>{});
+        if (row.stochastic) {
+          return usual(
+              [](char* const* at) {
+                return BFloatStream<true>{reinterpret_cast<uint16_t*>(at[0])};
+              },
+              BFloatStream<false>{});
+        }
+      }
     }
   }
-  return untouched;
+  return update_any<R, kGuard>(row, scalars, begin, end);
 }
 
 template <class R, bool kGuard>
@@ -204,7 +253,10 @@ double sum_squares(const Row& row, int64_t begin, int64_t end) {
   double total = 0;
   for (int64_t block = begin; block < end; ++block) {
     const Block b = locate(row, block);
-    total += sum_squares_of(open(row.grad, b, buffer), b.n);
+    const uint16_t* from = static_cast<const uint16_t*>(row.grad.data) + b.start;
+    const bool half = row.grad.format == Format::kF16;
+    for (int j = 0; j < b.n; ++j) buffer[j] = half ? f16_to_float(from[j]) : bf16_to_float(from[j]);
+    total += sum_squares_of(buffer, b.n);
   }
   return total;
 }

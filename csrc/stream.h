@@ -1,5 +1,5 @@
-// A memory stream with the reads and writes of an AdamW step and next to no arithmetic: the limit that
-// `ebbtide bench` holds the steps against.
+// A memory stream with the reads and writes of an AdamW step and next to no arithmetic: the limit
+// that `ebbtide bench` holds the steps against.
 #pragma once
 #include <chrono>
 #include <cstring>

@@ -34,7 +34,7 @@ struct Scalars {
 };
 
 template <typename V, typename S>
-inline V decayed(V param, V update, const Scalars<S>& s) {
+EBBTIDE_INLINE V decayed(V param, V update, const Scalars<S>& s) {
   const V kept = param * s.keep;
   if (s.cautious != 0) return update * param < splat<V>(S(0)) ? param : kept;
   return kept;
@@ -42,7 +42,8 @@ inline V decayed(V param, V update, const Scalars<S>& s) {
 
 // Adam, AdamW; AMSGrad where max_exp_avg_sq is not null.
 template <typename V, typename S>
-inline V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq, const Scalars<S>& s) {
+EBBTIDE_INLINE V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq,
+                      const Scalars<S>& s) {
   grad = grad * s.grad_scale;
   if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
   const S weight = s.exp_avg_weight;
@@ -66,7 +67,7 @@ inline V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq, co
 
 // SGD, SGDW; momentum_buffer is null without momentum.
 template <typename V, typename S>
-inline V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S>& s) {
+EBBTIDE_INLINE V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S>& s) {
   grad = grad * s.grad_scale;
   if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
   V direction = grad;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from ebbtide import codecs, reference
@@ -25,10 +26,11 @@ _CTYPES: dict[Format, Any] = {
 
 
 class _Array:
-    """Elements of one field as Python floats."""
+    """Elements of one field as Python floats; `put` takes the 32 random bits of the element."""
 
-    def __init__(self, each: Field, numel: int) -> None:
+    def __init__(self, each: Field, numel: int, *, stochastic: bool) -> None:
         self.format = each.format
+        self.stochastic = stochastic
         self._items: Any = (
             (_CTYPES[each.format] * numel).from_address(each.address) if numel else ()
         )
@@ -41,15 +43,78 @@ class _Array:
             return codecs.float16_decode(int(item))
         return float(item)
 
-    def put(self, index: int, value: float, bits: int | None) -> None:
+    def put(self, index: int, value: float, word: int) -> None:
         if self.format is Format.BFLOAT16:
-            code = codecs.bfloat16_encode(value, None if bits is None else bits >> 16)
-            self._items[index] = code
+            bits = word >> 16 if self.stochastic else None
+            self._items[index] = codecs.bfloat16_encode(value, bits)
         elif self.format is Format.FLOAT16:
-            code = codecs.float16_encode(value, None if bits is None else bits >> 19)
-            self._items[index] = code
+            bits = word >> 19 if self.stochastic else None
+            self._items[index] = codecs.float16_encode(value, bits)
         else:
             self._items[index] = value
+
+
+class _Split:
+    """A bfloat16 parameter with the bits that it cannot hold."""
+
+    def __init__(self, row: Row) -> None:
+        self._bits = row.residual_bits
+        low = ctypes.c_int8 if row.residual_bits == 8 else ctypes.c_int16
+        self._high: Any = (ctypes.c_uint16 * row.numel).from_address(row.param.address)
+        self._low: Any = (low * row.numel).from_address(row.residual)
+
+    def __getitem__(self, index: int) -> float:
+        return codecs.join(int(self._high[index]), int(self._low[index]), self._bits)
+
+    def put(self, index: int, value: float, word: int) -> None:
+        self._high[index], self._low[index] = codecs.split(value, self._bits, word >> 24)
+
+
+class _Moments8:
+    """The moments of a row in eight bits, decoded as a whole and encoded block by block."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        blocks = row.numel // row.run_length * -(-row.run_length // 128) if row.numel else 0
+        first, *seconds = row.state
+        self._first: Any = (ctypes.c_int8 * row.numel).from_address(first.address)
+        self._scale: Any = (ctypes.c_float * blocks).from_address(first.scale)
+        self._seconds: list[Any] = [
+            (ctypes.c_uint8 * row.numel).from_address(each.address) for each in seconds
+        ]
+        self._windows: list[Any] = [
+            (ctypes.c_uint16 * blocks).from_address(each.scale) for each in seconds
+        ]
+
+    def _blocks(self) -> Iterator[tuple[int, range]]:
+        row = self._row
+        starts = (
+            range(run + start, min(run + start + 128, run + row.run_length))
+            for run in range(0, row.numel, row.run_length)
+            for start in range(0, row.run_length, 128)
+        )
+        return enumerate(starts)
+
+    def decode(self) -> list[list[float]]:
+        moments: list[list[float]] = [[0.0] * self._row.numel for _ in self._row.state]
+        for block, elements in self._blocks():
+            for i in elements:
+                for k, codes in enumerate(self._seconds):
+                    code = int(codes[i])
+                    moments[1 + k][i] = codecs.decode_second(code, int(self._windows[k][block]))
+                code, scale = int(self._first[i]), float(self._scale[block])
+                moments[0][i] = codecs.decode_first(code, scale, moments[1][i])
+        return moments
+
+    def encode(self, moments: list[list[float]], words: list[int]) -> None:
+        for block, elements in self._blocks():
+            part = slice(elements.start, elements.stop)
+            encoded = codecs.encode_moments([m[part] for m in moments], words[part])
+            self._first[part] = encoded.first
+            self._scale[block] = encoded.scale
+            for k, codes in enumerate(self._seconds):
+                codes[part] = encoded.seconds[k]
+                self._windows[k][block] = encoded.windows[k]
 
 
 class PureBackend:
@@ -104,7 +169,7 @@ class PureBackend:
         return math.fsum(
             value * value
             for _, _, row in plan.rows()
-            for grad in [_Array(row.grad, row.numel)]
+            for grad in [_Array(row.grad, row.numel, stochastic=False)]
             for value in (grad[i] for i in range(row.numel))
         )
 
@@ -122,14 +187,24 @@ def _step_counter(row: Row) -> ctypes.Array[ctypes.c_float] | ctypes.Array[ctype
 
 
 def _run_row(row: Row, bucket: Bucket, grad_scale: float, guard: bool, rule: str) -> int:
-    param, grad = _Array(row.param, row.numel), _Array(row.grad, row.numel)
-    state = [_Array(each, row.numel) for each in row.state]
-    key = codecs.row_key(int(bucket.scalars.seed), int(bucket.scalars.step), row.salt)
+    grad = _Array(row.grad, row.numel, stochastic=False)
+    param = (
+        _Split(row)
+        if row.residual_bits
+        else _Array(row.param, row.numel, stochastic=row.stochastic)
+    )
+    blockwise = _Moments8(row) if any(f.format is Format.SIGNED8 for f in row.state) else None
+    arrays = [
+        _Array(each, row.numel, stochastic=k > 0)
+        for k, each in enumerate(() if blockwise else row.state)
+    ]
+    decoded = blockwise.decode() if blockwise else []
     one = _adam_element if rule == "adam" else _sgd_element
     limit = 1.7976931348623157e308 if row.param.format is Format.FLOAT64 else 3.4028234663852886e38
+    words = _words(row, bucket, state=True)
     untouched = 0
-    for i in range(row.numel):
-        old = (param[i], *(array[i] for array in state))
+    for i, word in enumerate(_words(row, bucket, state=False)):
+        old = (param[i], *(array[i] for array in (decoded or arrays)))
         try:
             new = one(old, grad[i] * grad_scale, bucket)
         except OverflowError:
@@ -138,14 +213,30 @@ def _run_row(row: Row, bucket: Bucket, grad_scale: float, guard: bool, rule: str
         if guard and not abs(witness) <= limit:
             untouched += 1
             new = old
-        element = row.first_block * 128 + row.lead + i
-        param.put(
-            i, new[0], codecs.dither_bits(key, element, state=False) if row.stochastic else None
-        )
-        for k, array in enumerate(state):
-            bits = codecs.dither_bits(key, element, state=True) if k > 0 else None
-            array.put(i, new[1 + k], bits)
+        param.put(i, new[0], word)
+        for k, values in enumerate(decoded):
+            values[i] = new[1 + k]
+        for k, array in enumerate(arrays):
+            array.put(i, new[1 + k], words[i])
+    if blockwise:
+        blockwise.encode(decoded, words)
     return untouched
+
+
+def _words(row: Row, bucket: Bucket, *, state: bool) -> list[int]:
+    """Return the 32 random bits of each element; blocks start anew with each run."""
+    step = int(bucket.scalars.step)
+    key = codecs.row_key(int(bucket.scalars.seed), step, row.salt)
+    per_run = -(-(row.lead + row.run_length) // 128) if row.numel else 0
+    firsts = [
+        (row.first_block + run * per_run) * 128 + row.lead
+        for run in range(row.numel // row.run_length if row.numel else 0)
+    ]
+    return [
+        codecs.dither_bits(key, step, first + i, state=state)
+        for first in firsts
+        for i in range(row.run_length)
+    ]
 
 
 def _adam_element(old: tuple[float, ...], grad: float, bucket: Bucket) -> tuple[float, ...]:

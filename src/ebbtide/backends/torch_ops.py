@@ -286,13 +286,14 @@ def _element_bits(row: TensorRow, s: Scalars, like: Tensor, *, state: bool) -> T
     """Return 32 random bits for each element: `codecs.dither_bits`, vectorised."""
     step = torch.as_tensor(s.step, device=like.device).to(torch.int64)
     seed = torch.tensor(int(s.seed), device=like.device)
-    key = _mix(_mix(seed) ^ _mix(step * _signed(0xD1342543DE82EF95)) ^ _signed(row.salt))
+    key = _mix(_mix(seed) ^ _mix((step >> 7) * _signed(0xD1342543DE82EF95)) ^ _signed(row.salt))
     first, lead = divmod(row.offset, 128)
     stop = lead + like.numel()
     blocks = torch.arange(first, first - (-stop // 128), device=like.device)
     hashes = _mix(key ^ (blocks << 1))
-    hashes = hashes >> 32 if state else hashes
-    bits = (hashes & 0xFFFFFFFF)[:, None] ^ _lanes(like.device)
+    halves = _shifted(hashes, 32) if state else hashes & 0xFFFFFFFF
+    words = (halves + step * 0x9E376A09) & 0xFFFFFFFF
+    bits = words[:, None] ^ _lanes(like.device)
     return bits.reshape(-1)[lead:stop].reshape(like.shape)
 
 

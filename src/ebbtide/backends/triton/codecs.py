@@ -123,6 +123,9 @@ def _mix(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def block_words(seed: tl.tensor, step: tl.tensor, salt: tl.tensor, block: tl.tensor) -> tl.tensor:
     """Return the 32 random bits of each block for the parameter, and those for its state."""
-    key = _mix(_mix(seed) ^ _mix(step * 0xD1342543DE82EF95) ^ salt)
+    key = _mix(_mix(seed) ^ _mix((step >> 7) * 0xD1342543DE82EF95) ^ salt)
     words = _mix(key ^ (block << 1))
-    return (words & 0xFFFFFFFF).to(tl.uint32), (words >> 32).to(tl.uint32)
+    advance = step * 0x9E376A09
+    for_param = (words + advance) & 0xFFFFFFFF
+    for_state = ((words >> 32) + advance) & 0xFFFFFFFF
+    return for_param.to(tl.uint32), for_state.to(tl.uint32)

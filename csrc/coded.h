@@ -1,0 +1,161 @@
+// Steps over rows that are not plain floats: one block of 128 elements at a time is decoded,
+// updated and encoded again, all in lanes.
+#pragma once
+#include <cstring>
+
+#include "moments.h"
+#include "update.h"
+
+namespace ebbtide {
+namespace {
+
+template <typename S>
+Scalars<S> narrow(const StepScalars& s) {
+  return {S(s.lr),
+          S(1 - s.decay),
+          S(s.l2),
+          S(s.cautious),
+          S(s.grad_scale),
+          S(s.exp_avg_weight),
+          S(s.beta2),
+          S(s.one_minus_beta2),
+          S(s.eps),
+          S(s.step_size),
+          S(s.sqrt_bias_correction2),
+          S(s.momentum),
+          S(s.buffer_keep),
+          S(s.buffer_add),
+          S(s.nesterov)};
+}
+
+template <typename V>
+inline auto finite(V x) {
+  return x - x == V{};
+}
+
+// One block; returns how many elements were left untouched.
+template <class R, bool kGuard, class P, class G, class S>
+EBBTIDE_INLINE int64_t step_block(const P& param, const G& grad, S& state, Words words,
+                                  const Scalars<float>& s) {
+  UintLanes stepped{};
+  state.open();
+  EBBTIDE_UNROLL
+  for (int j = 0; j < kBlock; j += kLanes) {
+    const Lanes old_p = param.get(j);
+    Lanes new_p = old_p, old_state[S::kState + 1], new_state[S::kState + 1];
+    state.get(j, old_state);
+    for (int k = 0; k < S::kState; ++k) new_state[k] = old_state[k];
+    const Lanes witness = R::template apply<Lanes, float>(new_p, grad.get(j), new_state, s);
+    if constexpr (kGuard) {
+      const IntLanes ok = finite(witness);
+      stepped -= (UintLanes)ok;  // lanes compare to -1
+      new_p = ok ? new_p : old_p;
+      for (int k = 0; k < S::kState; ++k) new_state[k] = ok ? new_state[k] : old_state[k];
+    }
+    param.put(j, new_p, words_at(j, words.param));
+    state.put(j, new_state, words.state);
+  }
+  state.close(words.state);
+  if constexpr (!kGuard) return 0;
+  return kBlock - int64_t(total(stepped));
+}
+
+// The arrays of a row: parameter, gradient, residual, state.
+constexpr int kGrad = 1, kResidual = 2, kState = 3, kArrays = kState + kMaxState;
+
+// The arrays of a row with the bytes of their elements; those a row lacks have none.
+struct Arrays {
+  char* data[kArrays];
+  int bytes[kArrays];
+
+  explicit Arrays(const Row& row, int states) {
+    const Field* fields[kArrays] = {&row.param, &row.grad};
+    for (int k = 0; k < states; ++k) fields[kState + k] = &row.state[k];
+    for (int k = 0; k < kArrays; ++k) {
+      data[k] = fields[k] == nullptr ? nullptr : static_cast<char*>(fields[k]->data);
+      bytes[k] = fields[k] == nullptr ? 0 : bytes_of(fields[k]->format);
+    }
+    data[kResidual] = static_cast<char*>(row.residual);
+    bytes[kResidual] = row.residual_bits / 8;
+  }
+  static int bytes_of(Format format) {
+    constexpr int kBytes[] = {4, 8, 2, 2, 1, 1};
+    return kBytes[int(format)];
+  }
+};
+
+// A block that is not whole is stepped on a copy, with zeros around it.
+class Staging {
+ public:
+  void copy_in(const Arrays& arrays, const Block& b, char** at) {
+    for (int k = 0; k < kArrays; ++k) {
+      if (arrays.bytes[k] == 0) continue;
+      std::memset(copies_[k], 0, sizeof copies_[k]);
+      std::memcpy(copies_[k] + b.first_lane * arrays.bytes[k],
+                  arrays.data[k] + b.start * arrays.bytes[k], size_t(b.n * arrays.bytes[k]));
+      at[k] = copies_[k];
+    }
+  }
+  void copy_out(const Arrays& arrays, const Block& b) const {
+    for (int k = 0; k < kArrays; ++k) {
+      if (k == kGrad || arrays.bytes[k] == 0) continue;
+      std::memcpy(arrays.data[k] + b.start * arrays.bytes[k],
+                  copies_[k] + b.first_lane * arrays.bytes[k], size_t(b.n * arrays.bytes[k]));
+    }
+  }
+
+ private:
+  alignas(64) char copies_[kArrays][kBlock * sizeof(float)];
+};
+
+template <int kBits>
+inline SplitStream<kBits> split_at(char* const* at) {
+  using Residual = typename SplitStream<kBits>::Residual;
+  return {reinterpret_cast<uint16_t*>(at[0]), reinterpret_cast<Residual*>(at[2])};
+}
+template <int kCount>
+inline Moments8<kCount> moments8(const Row& row, char* const* at, int64_t block) {
+  Moments8<kCount> state;
+  state.codes = reinterpret_cast<int8_t*>(at[3]);
+  state.scale = static_cast<float*>(row.state[0].scale) + block;
+  for (int k = 1; k < kCount; ++k) {
+    state.second[k - 1].at(reinterpret_cast<uint8_t*>(at[3 + k]),
+                           static_cast<uint16_t*>(row.state[k].scale) + block);
+  }
+  return state;
+}
+
+constexpr int64_t kBlocksAhead = 4;  // a block fills the window in which a core reorders
+
+// The blocks [begin, end) of a row; `streams(at, block)` makes the streams of one block.
+template <class R, bool kGuard, class Streams>
+int64_t step_blocks(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end,
+                    const Streams& streams) {
+  const Scalars<float> s = narrow<float>(scalars);
+  const RowBits bits(uint64_t(scalars.seed), uint64_t(scalars.step), row.salt);
+  const Arrays arrays(row, R::kState);
+  Staging staging;
+  int64_t untouched = 0;
+  for (int64_t block = begin; block < end; ++block) {
+    const Block b = locate(row, block);
+    char* at[kArrays];
+    if (b.n < kBlock) {
+      staging.copy_in(arrays, b, at);
+    } else {
+      for (int k = 0; k < kArrays; ++k) {
+        if (arrays.bytes[k] == 0) continue;
+        at[k] = arrays.data[k] + b.start * arrays.bytes[k];
+        for (int64_t line = 0; line < kBlock * arrays.bytes[k]; line += 64) {
+          __builtin_prefetch(at[k] + kBlocksAhead * kBlock * arrays.bytes[k] + line);
+        }
+      }
+    }
+    auto [param, grad, state] = streams(at, block);
+    untouched += step_block<R, kGuard>(param, grad, state, bits.of(b.index), s);
+    if (b.n < kBlock) staging.copy_out(arrays, b);
+  }
+  return untouched;
+}
+
+}  // namespace
+}  // namespace ebbtide

@@ -1,0 +1,226 @@
+// The moments of Adam over one block of 128 elements: as floats, as bfloat16, or in eight bits.
+//
+// `get` decodes one vector of lanes of every moment, `put` takes the new ones, `close` encodes the
+// block. src/ebbtide/codecs/moments.py defines the eight bits and says why they are so.
+#pragma once
+#include <algorithm>
+
+#include "streams.h"
+
+namespace ebbtide {
+namespace {
+
+// The state of an element-wise format. The first moment, or the momentum, rounds to nearest;
+// moments of squares would stall that way (a step of beta2 = .999 is below half an ulp of
+// bfloat16), so they round stochastically.
+template <class First, class Second, int kCount>
+struct Elementwise {
+  static constexpr int kState = kCount;
+  First first;
+  Second second[std::max(kCount - 1, 1)];
+
+  EBBTIDE_INLINE void open() {}
+  EBBTIDE_INLINE void get(int j, Lanes* state) const {
+    if constexpr (kCount > 0) state[0] = first.get(j);
+    for (int k = 1; k < kCount; ++k) state[k] = second[k - 1].get(j);
+  }
+  EBBTIDE_INLINE void put(int j, const Lanes* state, uint32_t word) {
+    if constexpr (kCount > 0) first.put(j, state[0], UintLanes{});
+    for (int k = 1; k < kCount; ++k) second[k - 1].put(j, state[k], words_at(j, word));
+  }
+  EBBTIDE_INLINE void close(uint32_t) {}
+};
+
+constexpr uint32_t kSmallest = 1u << 24;      // bits of v; what is below counts as zero
+constexpr uint32_t kLargest = 0x7E800000u;    // bits of v that still round up to a finite number
+constexpr uint32_t kDormant = 16u << 23;      // how far below the largest v dormant elements count
+constexpr uint32_t kMostRatio = 0x5F800000u;  // bits of the first m/S too large to keep
+
+// 1/S of the number with these bits: S is the power of two at or below its root.
+EBBTIDE_INLINE UintLanes inverse_unit(UintLanes bits) {
+  return 0x5F000000u - ((bits >> 1) & 0x7F800000u);
+}
+EBBTIDE_INLINE uint32_t inverse_unit(uint32_t bits) {
+  return 0x5F000000u - ((bits >> 1) & 0x7F800000u);
+}
+
+// A second moment in eight bits: codes on the float's own bits, shift and base in the window.
+class Window8 {
+ public:
+  void at(uint8_t* codes, uint16_t* window) {
+    codes_ = codes;
+    window_ = window;
+  }
+  EBBTIDE_INLINE void open() {
+    const int ones = std::min(std::countl_one(*window_), 7);
+    shift_ = 16 + ones;
+    base_ = *window_ & (0xFFFFu >> ones);
+    highest_ = UintLanes{};
+    lowest_ = lowest_moving_ = ~UintLanes{};
+  }
+  EBBTIDE_INLINE UintLanes get(int j) const {
+    const UintLanes codes = load_wide(codes_ + j);
+    return codes != 0 ? (codes + base_) << shift_ : 0;
+  }
+  EBBTIDE_INLINE void put(int j, UintLanes bits, IntLanes moving) {
+    bits_[j / kLanes] = bits;
+    highest_ = larger(highest_, bits);
+    lowest_ = smaller(lowest_, bits - 1);  // zero is left out: it becomes the largest
+    lowest_moving_ = smaller(lowest_moving_, moving ? bits - 1 : ~0u);
+  }
+  UintLanes bits(int i) const { return bits_[i]; }
+  bool holds() const { return largest(highest_) <= kLargest; }
+
+  // Chooses the window of what has been put.
+  EBBTIDE_INLINE void choose() {
+    const uint32_t highest = largest(highest_);
+    shift_ = 16;
+    base_ = 0;
+    *window_ = 0;
+    if (highest == 0) return;
+    const uint32_t floor = highest > kDormant ? highest - kDormant : 0;
+    const uint32_t lowest = std::max(smallest(lowest_) + 1, floor);
+    const uint32_t low = std::min({smallest(lowest_moving_), lowest - 1, highest - 1}) + 1;
+    while ((highest >> shift_) - (low >> shift_) > 253) ++shift_;
+    base_ = (low >> shift_) - 1;
+    *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
+  }
+  // Encodes four vectors and returns the bits that will be decoded.
+  EBBTIDE_INLINE void encode(int i, uint32_t word, UintLanes* decoded) {
+    IntLanes codes[4];
+    for (int k = 0; k < 4; ++k) {
+      const UintLanes bits = bits_[i + k];
+      const UintLanes dither = words_at((i + k) * kLanes, word) >> (32 - shift_);
+      IntLanes code = (IntLanes)(((bits + dither) >> shift_) - base_);
+      code = code > 1 ? code : 1;
+      codes[k] = bits != 0 ? code : 0;
+      decoded[k] = ((UintLanes)codes[k] + base_) << shift_;
+    }
+    store_bytes(codes_ + i * kLanes, codes, 4);
+  }
+  void replace(const uint32_t* bits, const bool* moving) {
+    open();
+    for (int j = 0; j < kBlock; j += kLanes) {
+      IntLanes mask;
+      for (int i = 0; i < kLanes; ++i) mask[i] = moving[j + i] ? -1 : 0;
+      put(j, load<UintLanes>(bits + j), mask);
+    }
+  }
+
+ private:
+  uint8_t* codes_;
+  uint16_t* window_;
+  int shift_;
+  uint32_t base_;
+  UintLanes bits_[kVectors];
+  UintLanes highest_, lowest_, lowest_moving_;
+};
+
+// Both moments in eight bits, and the maximum of the second where kCount is 3 (AMSGrad).
+template <int kCount>
+class Moments8 {
+ public:
+  static constexpr int kState = kCount;
+  int8_t* codes;
+  float* scale;
+  Window8 second[kCount - 1];
+
+  EBBTIDE_INLINE void open() {
+    factor_ = *scale * 0x1p64f;
+    largest_ = UintLanes{};
+    for (Window8& window : second) window.open();
+  }
+  EBBTIDE_INLINE void get(int j, Lanes* state) const {
+    const UintLanes bits = second[0].get(j);
+    const Lanes code = to_float(load_wide(codes + j));
+    const Lanes magnitude = from_bits(to_bits(code) & 0x7FFFFFFFu);
+    state[0] = code * magnitude * factor_ * from_bits((bits >> 1) & 0x7F800000u);
+    state[1] = from_bits(bits);
+    if constexpr (kCount == 3) state[2] = from_bits(second[1].get(j));
+  }
+  EBBTIDE_INLINE void put(int j, const Lanes* state, uint32_t) {
+    const UintLanes bits = alive(state[1]);
+    const Lanes first = bits != 0 ? state[0] : 0;
+    const Lanes ratio = first * from_bits(inverse_unit(bits));
+    first_[j / kLanes] = first;
+    largest_ = larger(largest_, to_bits(ratio) & 0x7FFFFFFFu);
+    const IntLanes moving = ratio != 0;
+    second[0].put(j, bits, moving);
+    if constexpr (kCount == 3) second[1].put(j, alive(state[2]), moving);
+  }
+  EBBTIDE_INLINE void close(uint32_t word) {
+    bool holds = largest(largest_) < kMostRatio;
+    for (const Window8& window : second) holds &= window.holds();
+    if (!holds) [[unlikely]] {
+      Moments8 copy = *this;  // else this one would have to live in memory
+      copy.forget();
+      *this = copy;
+    }
+    for (Window8& window : second) window.choose();
+    const float largest_ratio = from_bits(largest(largest_));
+    const bool any_first = largest_ratio >= 0x1p-60f;
+    *scale = any_first ? largest_ratio / 16129.0f : 0.0f;
+    const float inverse = any_first ? 16128.9f / largest_ratio * 0x1p32f : 0.0f;
+    EBBTIDE_UNROLL
+    for (int i = 0; i < kVectors; i += 4) {
+      UintLanes decoded[4];
+      IntLanes encoded[4];
+      second[0].encode(i, word, decoded);
+      for (int k = 0; k < 4; ++k) {
+        const UintLanes ratio = to_bits(first_[i + k] * from_bits(inverse_unit(decoded[k])));
+        const Lanes magnitude = from_bits(ratio & 0x7FFFFFFFu);
+        const IntLanes root = truncate(sqrt(magnitude * inverse)), sign = (IntLanes)ratio >> 31;
+        const IntLanes dither = (IntLanes)(words_at((i + k) * kLanes, word) & 0xFFFFu);
+        encoded[k] = (((root ^ sign) - sign) + dither) >> 16;
+      }
+      store_bytes(codes + i * kLanes, encoded, 4);
+      if constexpr (kCount == 3) second[1].encode(i, word, decoded);
+    }
+  }
+
+ private:
+  // Bits of a second moment, 0 where it counts as zero.
+  static UintLanes alive(Lanes x) {
+    return (IntLanes)to_bits(x) > int32_t(kSmallest - 1) ? to_bits(x) : 0;
+  }
+
+  // What eight bits cannot hold is set to zero: it must not spoil the rest of the block.
+  [[gnu::noinline, gnu::cold]] void forget() {
+    float first[kBlock];
+    uint32_t bits[kCount - 1][kBlock];
+    bool moving[kBlock];
+    for (int i = 0; i < kVectors; ++i) {
+      store(first + i * kLanes, first_[i]);
+      for (int k = 0; k < kCount - 1; ++k) store(bits[k] + i * kLanes, second[k].bits(i));
+    }
+    largest_ = UintLanes{};
+    for (int j = 0; j < kBlock; ++j) {
+      uint32_t ratio = 0;
+      bool keeps = true;
+      for (int k = 0; k < kCount - 1; ++k) {
+        keeps &= bits[k][j] < 0x7F800000u;
+        bits[k][j] = std::min(bits[k][j], kLargest);
+      }
+      if (bits[0][j] != 0) {
+        ratio = to_bits(first[j] * from_bits(inverse_unit(bits[0][j]))) & 0x7FFFFFFFu;
+      }
+      keeps &= ratio < kMostRatio;
+      if (!keeps) {
+        for (int k = 0; k < kCount - 1; ++k) bits[k][j] = 0;
+        first[j] = 0;
+        ratio = 0;
+      }
+      moving[j] = ratio != 0;
+      largest_[0] = std::max(uint32_t(largest_[0]), ratio);
+    }
+    for (int i = 0; i < kVectors; ++i) first_[i] = load<Lanes>(first + i * kLanes);
+    for (int k = 0; k < kCount - 1; ++k) second[k].replace(bits[k], moving);
+  }
+
+  float factor_;
+  Lanes first_[kVectors];
+  UintLanes largest_;
+};
+
+}  // namespace
+}  // namespace ebbtide
