@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,10 @@ import typer
 from ebbtide import cli_bench, cli_inspect, cli_science, cli_sweep
 
 if TYPE_CHECKING:
+    from ebbtide.lab.claims.claim import Claim
     from ebbtide.lab.compare import Request
 
-__all__ = ["app", "compare", "doctor", "main"]
+__all__ = ["app", "claims", "compare", "doctor", "main"]
 
 app = typer.Typer(
     name="ebbtide",
@@ -128,6 +130,58 @@ def _print_results(arms: Any, out: Path) -> None:
 
 
 @app.command()
+def claims(
+    only: Annotated[str | None, typer.Option(help="Names of claims, comma-separated.")] = None,
+    quick: Annotated[bool, typer.Option(help="A minute in all, with wider intervals.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/claims"),
+    as_list: Annotated[bool, typer.Option("--list", help="Only name the claims.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put what is said about AdamW to the test: an experiment and a verdict for each claim."""
+    from ebbtide.lab.claims.registry import choose_claims
+
+    chosen = choose_claims(only)
+    if as_list:
+        _list_claims(chosen, as_json)
+    else:
+        _claims(chosen, out, as_json, quick=quick, seed=seed)
+
+
+def _list_claims(chosen: Sequence[Claim], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{"name": c.name, "title": c.title} for c in chosen], indent=1))
+    else:
+        _print_table("", ["Name", "Claim"], [(claim.name, claim.title) for claim in chosen])
+
+
+def _claims(chosen: Sequence[Claim], out: Path, as_json: bool, *, quick: bool, seed: int) -> None:
+    from ebbtide.lab.claims.bench import Effort
+    from ebbtide.lab.claims.report import COMMAND, summary, write_report
+    from ebbtide.lab.claims.run import Finding, run_claims
+    from ebbtide.lab.folder import RESULTS, check_folder
+    from ebbtide.lab.progress import Progress
+
+    check_folder(out, COMMAND)
+    effort, progress, findings = Effort(quick=quick, seed=seed), Progress(), list[Finding]()
+    try:
+        with progress:
+            for finding in run_claims(chosen, effort, progress):
+                findings.append(finding)
+                progress.note(f"{finding.claim.name}: {finding.verdict.value}")
+            write_report(findings, effort, out)
+    except KeyboardInterrupt:
+        kept = f"the earlier report in {out} is untouched" if out.exists() else "nothing is written"
+        _fail(f"interrupted after {len(findings)} of {len(chosen)} claims; {kept}", status=130)
+    if as_json:
+        print((out / RESULTS).read_text(encoding="utf-8"), end="")
+        return
+    rows = [(f.claim.title, f.verdict.value, f.reading) for f in findings]
+    _print_table("", ["Claim", "Verdict", "What was found"], rows)
+    typer.echo(f"\n{summary(findings)}\nReport: {(out / 'report.html').resolve()}")
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine runs: instruction set, threads, torch, GPU."""
     from ebbtide.lab.doctor import facts
@@ -139,7 +193,7 @@ def doctor(as_json: JsonOption = False) -> None:
         _print_table("", ["", ""], list(found.items()))
 
 
-def _print_table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -134,7 +134,7 @@ def _tidy(value: float) -> float:
     return float(f"{value:.12g}")
 
 
-def numpy_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> Any:
+def numpy_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]], **options: Any) -> Any:
     """Return the optimizer over NumPy arrays, with the groups' own lr and weight decay.
 
     Elements whose gradient is not finite are passed on as they are: the network they belong to
@@ -142,4 +142,5 @@ def numpy_optimizer(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> Any:
     """
     import ebbtide.numpy
 
-    return getattr(ebbtide.numpy, spec.family)(groups, nonfinite="propagate", **spec.options)
+    settings = {"nonfinite": "propagate", **spec.options, **options}
+    return getattr(ebbtide.numpy, spec.family)(groups, **settings)

@@ -35,12 +35,16 @@ class Table:
         rows: Cells, as many in each row as there are headings.
         caption: What the table holds.
         emphasised: Index of a row to stress, if any.
+        links: Where the first cell of each row leads, within the report; none if empty.
+        tones: Colour of each row's beginning: good, mixed, bad or none; none if empty.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     emphasised: int | None = None
+    links: Sequence[str] = ()
+    tones: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what belongs under it, in this order."""
+    """A heading and what belongs under it, in this order; links find it by its anchor."""
 
     title: str
     text: str = ""
@@ -61,6 +65,7 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     listings: Sequence[Listing] = ()
+    anchor: str = ""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class StackTraining:
         parts: The data.
         sizes: Widths of the networks' layers.
         course: How the run goes.
+        model: Networks to go on with; by default new ones.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class StackTraining:
         *,
         sizes: Sequence[int],
         course: Course,
+        model: StackedMLP | None = None,
     ) -> None:
         self._parts = parts
-        self._model = StackedMLP(seeds, len(cells), sizes)
-        self._grads = self._model.grads()
-        members = self._model.members()
+        self.model = model or StackedMLP(seeds, len(cells), sizes)
+        self._grads = self.model.grads()
+        members = self.model.members()
         settings = [cell for _ in seeds for cell in cells]
         self._optimizer = numpy_optimizer(
             spec,
@@ -126,14 +128,14 @@ class StackTraining:
         losses = []
         networks = len(self._settings)
         with np.errstate(all="ignore"):  # a diverging network overflows, and that is a result
-            start_loss = loss(self._model, self._parts.train)
+            start_loss = loss(self.model, self._parts.train)
             for step in range(self._steps + 1):
                 if step in measured:
                     parts = self._parts.train, self._parts.test
-                    losses.append([loss(self._model, part) for part in parts])
+                    losses.append([loss(self.model, part) for part in parts])
                 if step == self._steps:
                     break
-                self._step(step)
+                self.step(step)
                 if (step + 1) % _STEPS_A_TICK == 0:
                     tick(_STEPS_A_TICK * networks)
             tick(self._steps % _STEPS_A_TICK * networks)
@@ -143,21 +145,22 @@ class StackTraining:
             # Not `>`: a loss that is NaN is no better than one that rose.
             diverged = ~(train_loss[..., -1] <= start_loss)
             return Outcomes(
-                validation=np.where(diverged, np.nan, score(self._model, self._parts.validation)),
-                test=np.where(diverged, np.nan, score(self._model, self._parts.test)),
+                validation=np.where(diverged, np.nan, score(self.model, self._parts.validation)),
+                test=np.where(diverged, np.nan, score(self.model, self._parts.test)),
                 diverged=diverged,
                 steps=measured,
                 train_loss=train_loss,
                 test_loss=test_loss,
             )
 
-    def _step(self, step: int) -> None:
+    def step(self, step: int) -> None:
+        """Take one step, counted from 0."""
         rows = self._order[step]
         starts = np.arange(len(rows))[:, None]
         train = self._parts.train
         course = self._course
         inputs, labels = train.inputs[starts, rows], train.labels[starts, rows]
-        self._model.backward(inputs, labels, loss_scale=course.loss_scale)
+        self.model.backward(inputs, labels, loss_scale=course.loss_scale)
         multiplier, decay_multiplier = course.schedule(step), course.decay_schedule(step)
         for group, cell in zip(self._optimizer.param_groups, self._settings, strict=True):
             group["lr"] = cell.lr * multiplier
