@@ -25,7 +25,8 @@ def stepped(case: Case, param: Array, grads: list[Array], **options: Any) -> Any
 def state_arrays(optimizer: Any) -> list[Array]:
     """Return the state of "w" in the order of the reference's tuples."""
     keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-    return [optimizer.state["w"][key] for key in keys if key in optimizer.state["w"]]
+    state = optimizer.state.get("w", {})  # plain SGD keeps none
+    return [state[key] for key in keys if key in state]
 
 
 def assert_float64_is_the_reference(case: Case, shape: tuple[int, ...] = (3, 11)) -> None:
