@@ -65,7 +65,10 @@ DECAYING: dict[str, tuple[Callable[[Any], Optimizer], float]] = {
     ),
     "torch fused": (lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1, fused=True), 0.001),
     "torch tensor lr": (
-        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.02, dtype=torch.float64), weight_decay=0.1), 0.001
+        lambda p: torch.optim.AdamW(
+            p, lr=torch.tensor(0.02, dtype=torch.float64), weight_decay=0.1
+        ),
+        0.001,
     ),
 }  # fmt: skip
 

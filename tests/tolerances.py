@@ -15,12 +15,19 @@ TORCH_TAIL_ULP = 2
 # The same in float32, seven steps: torch's loops round where the kernels fuse a product and a sum.
 TORCH_FLOAT32 = {"rtol": 2e-6, "atol": 1e-7}
 
-# With differentiable=True or capturable=True torch computes 1 - βᵗ from a float32 count: the scalars
-# of a step, whatever the parameter's dtype, are good to 1e-6 or so (β2 = .999 at step 1: 1e-5).
+# With differentiable=True or capturable=True torch computes 1 - βᵗ from a float32 count: the
+# scalars of a step, whatever the parameter's dtype, are good to 1e-6 or so (β2 = .999 at step 1: 1e-5).
 TORCH_FLOAT32_SCALARS = {"rtol": 2e-5, "atol": 1e-7}
 
 # Squares of float64 are added in chunks and then in order: some hundred roundings of 1e-16.
 GRAD_NORM = {"rel": 1e-12}
 
-# torch's float64 square root (MKL's, 0.5x ulp) is now and then one ulp off; 30 steps, L2 feeds back.
+# torch's float64 square root (MKL's) is now and then one ulp off; 30 steps, L2 feeds back.
 TORCH_SQRT = {"rtol": 1e-14, "atol": 1e-15}
+
+# Counted on a GPU: βᵗ is 2^(t·log2 β) there, 1e-15 of it at worst; a scalar rounded to float32 can
+# then differ in its last bit, and three steps feed that back.
+TRITON_DEVICE_SCALARS = {"rtol": 1e-6, "atol": 1e-8}
+
+# Sums in another order than the CPU's: the clipping scale can differ in the last bit of float32.
+TRITON_CLIPPED = {"rtol": 1e-6, "atol": 1e-8}

@@ -64,7 +64,7 @@ def keep_out_of_graphs(function: F) -> F:
         )
         eval_frame.set_code_exec_strategy(function.__code__, skip)
     except (AttributeError, ImportError):  # torch keeps these to itself
-        disabled: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        disabled: F = torch.compiler.disable(function)
         return disabled
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
