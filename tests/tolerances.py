@@ -16,7 +16,8 @@ TORCH_TAIL_ULP = 2
 TORCH_FLOAT32 = {"rtol": 2e-6, "atol": 1e-7}
 
 # With differentiable=True or capturable=True torch computes 1 - βᵗ from a float32 count: the
-# scalars of a step, whatever the parameter's dtype, are good to 1e-6 or so (β2 = .999 at step 1: 1e-5).
+# scalars of a step, whatever the parameter's dtype, are good to 1e-6 or so (β2 = .999 at step 1:
+# 1e-5).
 TORCH_FLOAT32_SCALARS = {"rtol": 2e-5, "atol": 1e-7}
 
 # Squares of float64 are added in chunks and then in order: some hundred roundings of 1e-16.
