@@ -34,6 +34,7 @@ class Devices:
     def __init__(self) -> None:
         self.backend: TritonBackend | None = None
         self.question: Question | None = None
+        self._alarmed = False  # when the last step began
         self._watch: Watch | None = None
 
     def forget(self) -> None:
@@ -91,6 +92,8 @@ class Devices:
     def _step(self, optimizer: Optimizer, plan: Plan, scale: float) -> None:
         backend = self.backend
         assert backend is not None
+        # A step never raises what it finds itself, however fast the GPU is.
+        self._alarmed = backend.alarmed
         backend.run(
             plan,
             optimizer._buckets(backend.buckets),
@@ -118,8 +121,10 @@ class Devices:
         """
         if self.backend is None or optimizer.nonfinite != "raise" or optimizer._meshes:
             return
-        if not (self.backend.alarmed or (wait and not torch.cuda.is_current_stream_capturing())):
+        may_wait = wait and not self.backend.captures
+        if not (self._alarmed or may_wait):
             return
+        self._alarmed = False
         found = self.backend.spoilt()
         if found:
             named = optimizer._named()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ebbtide.plan import Bucket, nonfinite_message
+from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.torch.base import Optimizer, new_backend
 from ebbtide.torch.rows import Planner
+
+if TYPE_CHECKING:
+    from ebbtide.backends.triton.backend import TritonBackend
 
 __all__ = ["InBackward", "step_in_backward"]
 
@@ -113,6 +116,8 @@ class InBackward:
             FloatingPointError: As `Optimizer.step`.
             RuntimeError: A GradScaler's fused step, which would have to come before the updates.
         """
+        for slot in self._slots:
+            slot.collect()
         untouched = [(slot, slot.untouched) for slot in self._slots if slot.untouched]
         for slot in self._slots:
             slot.stepped, slot.untouched = False, 0
@@ -137,7 +142,13 @@ class _Slot:
         self.stepped = False
         self.untouched = 0
         self._backend = new_backend()
+        self._gpu: TritonBackend | None = None
         self._params = [[param]]
+
+    def collect(self) -> None:
+        """Add what a GPU is known to have left untouched."""
+        if self._gpu is not None and self._gpu.alarmed:
+            self.untouched += sum(count for _, count, _ in self._gpu.spoilt())
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the step of this parameter alone."""
@@ -155,18 +166,31 @@ class _Slot:
                 planner.plan.check_overlap()
                 if planner.tensors:
                     raise RuntimeError(
-                        f"parameter {self.name!r} is not one for the CPU kernels: it cannot be "
+                        f"parameter {self.name!r} is not one for the kernels: it cannot be "
                         "stepped inside backward; step after backward instead"
                     )
                 planner.commit()
-                (_, step), *_ = backend.load(planner.plan)
-                buckets = self._buckets(optimizer, step)
-                outcome = backend.run(planner.plan, buckets, grad_scale=1.0, guard=guard)
+                if any(planner.launched.rows()):
+                    outcome = self._launch(optimizer, planner, guard=guard)
+                else:
+                    (_, step), *_ = backend.load(planner.plan)
+                    buckets = self._buckets(optimizer, step)
+                    outcome = backend.run(planner.plan, buckets, grad_scale=1.0, guard=guard)
                 for target, copy in planner.staged:
                     target.copy_(copy)
         self.stepped = True
         self.untouched = outcome.total
         torch._C._increment_version([self.param])
+
+    def _launch(self, optimizer: Optimizer, planner: Planner, *, guard: bool) -> Outcome:
+        if self._gpu is None:
+            from ebbtide.backends.triton.backend import TritonBackend
+
+            self._gpu = TritonBackend()
+        keys = self._gpu.load(planner.launched)
+        buckets = [each for _, step in keys for each in self._buckets(optimizer, step)]
+        groups = [optimizer.param_groups[self.group]]
+        return self._gpu.run(planner.launched, buckets, grad_scale=1.0, guard=guard, groups=groups)
 
     def _buckets(self, optimizer: Optimizer, step: int) -> list[Bucket]:
         return [each._replace(group=0) for each in optimizer._buckets([(self.group, step)])]

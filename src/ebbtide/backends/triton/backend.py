@@ -128,6 +128,11 @@ class TritonBackend:
         return sum(float(each) for each in sums)
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are being recorded in a graph, which must not be waited for."""
+        return any(device.captures for device in self._active)
+
+    @property
     def alarmed(self) -> bool:
         """Whether elements are known to have been left untouched; does not wait."""
         return any(device.alarmed for device in self._active)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["block_words", "close", "flushed", "opened", "pointer", "put", "take"]
+__all__ = [
+    "block_words", "close", "flushed", "joined", "opened", "pointer", "put",
+    "residual_pointer", "split", "take",
+]  # fmt: skip
 
 # The values of ebbtide.plan.Format.
 _FLOAT32 = tl.constexpr(0)
 _FLOAT64 = tl.constexpr(1)
 _BFLOAT16 = tl.constexpr(2)
 _FLOAT16 = tl.constexpr(3)
+_SIGNED8 = tl.constexpr(4)
+_WINDOW8 = tl.constexpr(5)
 
 
 @triton.jit
@@ -25,8 +30,24 @@ def pointer(address: tl.tensor, FORMAT: tl.constexpr, FAST: tl.constexpr) -> tl.
         to = address.to(tl.pointer_type(tl.float64))
     elif FORMAT == _FLOAT32:
         to = address.to(tl.pointer_type(tl.float32))
+    elif FORMAT == _SIGNED8:
+        to = address.to(tl.pointer_type(tl.int8))
+    elif FORMAT == _WINDOW8:
+        to = address.to(tl.pointer_type(tl.uint8))
     else:
         to = address.to(tl.pointer_type(tl.uint16))
+    if FAST:
+        to = tl.multiple_of(to, 16)
+    return to
+
+
+@triton.jit
+def residual_pointer(address: tl.tensor, BITS: tl.constexpr, FAST: tl.constexpr) -> tl.tensor:
+    """Make a pointer to residuals of 8 or 16 bits."""
+    if BITS == 8:
+        to = address.to(tl.pointer_type(tl.int8))
+    else:
+        to = address.to(tl.pointer_type(tl.int16))
     if FAST:
         to = tl.multiple_of(to, 16)
     return to
@@ -83,6 +104,32 @@ def close(
     else:
         code = flushed(number)
     return code
+
+
+@triton.jit
+def joined(high: tl.tensor, low: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """Return the numbers that bfloat16 codes and residuals of BITS bits stand for."""
+    low = low.to(tl.int32)
+    low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low)
+    bits = (high.to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low * (1 << (16 - BITS))
+    return flushed(bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def split(number: tl.tensor, bits: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """Return bfloat16 codes and the residuals of BITS bits that complete them."""
+    number = flushed(number)
+    u = number.to(tl.uint32, bitcast=True)
+    sign = (u >> 16) & 0x8000
+    magnitude = u & 0x7FFFFFFF
+    finite = magnitude < 0x7F800000
+    magnitude = tl.where(finite, magnitude, 0)
+    if BITS == 8:
+        magnitude = tl.minimum(magnitude + (bits >> 24), 0x7F7FFFFF) & 0xFFFFFF00
+    high = (magnitude + 0x8000) >> 16
+    low = (magnitude.to(tl.int32) - (high << 16).to(tl.int32)) >> (16 - BITS)
+    codes = tl.where(finite, (sign | high).to(tl.uint16), _to_bfloat16(number, bits, False))
+    return codes, low.to(tl.int8) if BITS == 8 else low.to(tl.int16)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ebbtide.backends.triton import kernels, prologue
+from ebbtide.backends.triton import kernels, norm, prologue
 from ebbtide.backends.triton.tables import (
     Kind,
     Launch,
@@ -164,7 +164,7 @@ class Device:
             at = 0
             for launch, size in zip(launches, sizes, strict=True):
                 table, row_of_tile = launch.tables
-                kernels.sum_squares[(size,)](
+                norm.sum_squares[(size,)](
                     table, launch.grads, row_of_tile, launch.tiles, sums[at:],
                     GRAD=launch.kind.grad, FINITE_ONLY=question.finite_only, BLOCKS=BLOCKS,
                     PROGRAMS=size, num_warps=WARPS, enable_fp_fusion=False,
@@ -239,7 +239,7 @@ class Device:
         for counter in self._counters:
             counter.value += 1
         self._keys = [key.next() for key in self._keys]
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.captures:
             self._captured.append((dict(self._parts), self._counted, self.verdict, self._spoilt))
 
     def _launch(
@@ -250,11 +250,17 @@ class Device:
         kernels.step[(launch.tiles,)](
             table, launch.grads, row_of_tile, scalars, self.verdict, self._lanes, self._spoilt,
             self._alarm.data_ptr(), RULE=0 if rule.name == "adam" else 1, PARAM=kind.param,
-            GRAD=kind.grad, STATE0=kind.state[0], STATE1=kind.state[1], STATE2=kind.state[2],
+            RESIDUAL=kind.residual_bits, GRAD=kind.grad, STATE0=kind.state[0],
+            STATE1=kind.state[1], STATE2=kind.state[2],
             STOCHASTIC=kind.stochastic, GUARD=guard, JUDGED=judged, BLOCKS=BLOCKS,
             num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         self.launches += 1
+
+    @property
+    def captures(self) -> bool:
+        """Whether the device is recording a graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @property
     def alarmed(self) -> bool:

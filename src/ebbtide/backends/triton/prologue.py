@@ -139,9 +139,9 @@ def _count(
     before = tl.load(as_double, mask=double, other=0.0)
     before += tl.load(as_single, mask=single, other=0.0).to(tl.float64)
     step = before + 1.0
-    taken = apply != 0
-    tl.store(as_double, step, mask=double & taken)
-    tl.store(as_single, step.to(tl.float32), mask=single & taken)
+    if apply != 0:
+        tl.store(as_double, step, mask=double)
+        tl.store(as_single, step.to(tl.float32), mask=single)
     group = tl.load(counter + 2, mask=inside, other=0) * _GROUP
     number, source = numbers + group, sources + group
     lr = _number(number, source, 0, inside)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ebbtide import codecs
-from ebbtide.backends.triton.kernels import COLUMNS
 from ebbtide.backends.triton.prologue import NUMBERS, POLICIES
+from ebbtide.backends.triton.rows import COLUMNS
 from ebbtide.plan import BLOCK, Row
 
 __all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
@@ -25,6 +25,7 @@ class Kind(NamedTuple):
     Attributes:
         param: Format of the parameter, a number of `ebbtide.plan.Format`.
         grad: Of the gradient.
+        residual_bits: Of the parameter, 0 for none.
         state: Of the state arrays, -1 where there is none.
         stochastic: Whether the parameter is rounded stochastically.
         counts_on_device: Whether the step count lies there, and the scalars are computed there.
@@ -32,6 +33,7 @@ class Kind(NamedTuple):
 
     param: int
     grad: int
+    residual_bits: int
     state: tuple[int, ...]
     stochastic: bool
     counts_on_device: bool
@@ -68,11 +70,15 @@ class Launch:
         """
         state = [each.address for each in row.state]
         flat = row.lead == 0 and (row.run_length == row.numel or row.run_length % BLOCK == 0)
-        aligned = flat and all(address % 16 == 0 for address in (row.param.address, *state))
+        addresses = (row.param.address, row.residual, *state)
+        aligned = flat and all(address % 16 == 0 for address in addresses)
         columns = {
             "param": row.param.address,
             **{f"state{k}": address for k, address in enumerate(state)},
+            **{f"scale{k}": each.scale for k, each in enumerate(row.state)},
+            "residual": row.residual,
             "numel": row.numel,
+            "blocks": _blocks_of(row),
             "run_length": row.run_length,
             "lead": row.lead,
             "first_block": row.first_block,
@@ -154,6 +160,7 @@ def kind_of(row: Row) -> Kind:
     return Kind(
         int(row.param.format),
         int(row.grad.format),
+        row.residual_bits,
         (*state, *[-1] * (3 - len(state))),
         row.stochastic,
         row.counts_on_device,

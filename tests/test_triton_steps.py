@@ -1,0 +1,170 @@
+"""Steps on a GPU as the user sees them: launches, what is remembered, what is noticed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import ebbtide.torch.base
+from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
+from tests.tolerances import TRITON_DEVICE_SCALARS
+
+SHAPES: list[tuple[int, ...]] = [(40, 5), (3,), ()]
+WORDS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on(request.param):
+        yield request.param
+
+
+def core(kind: str = "AdamW", **words: Any) -> Run:
+    return Run(kind, SHAPES, INTERPRETER, **{**WORDS, **words})
+
+
+def run_of(device: str, kind: str = "AdamW", **words: Any) -> Run:
+    return Run(kind, SHAPES, device, **{**WORDS, **words})
+
+
+def spoil(run: Run, index: int = 0, value: float = float("inf"), elements: int = 2) -> None:
+    run.params[index].grad.view(-1)[:elements] = value
+
+
+def refuse_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("planned anew")
+
+    monkeypatch.setattr(ebbtide.torch.base, "Planner", refuse)
+
+
+# Launches, and what is remembered.
+
+
+def test_each_dtype_takes_one_launch_however_many_tensors(device: str) -> None:
+    run = run_of(device)
+    more = [torch.ones(3, 3, device=device, dtype=torch.bfloat16).requires_grad_() for _ in "abc"]
+    run.optimizer.add_param_group({"params": [(f"m{i}", param) for i, param in enumerate(more)]})
+    for _ in range(3):
+        run.grads()
+        for param in more:
+            param.grad = torch.ones_like(param)
+        run.optimizer.step()
+    assert run.backend.launches == 6
+
+
+def test_a_plan_is_remembered_while_nothing_moves(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(device).step()
+    refuse_plans(monkeypatch)
+    kept = [[param.grad for param in run.params]]  # so that the next gradients lie elsewhere
+    for _ in range(2):
+        run.step()
+        kept.append([param.grad for param in run.params])
+    assert len({each[0].data_ptr() for each in kept if each[0] is not None}) == 3
+    monkeypatch.undo()
+    with by_the_core():
+        theirs = core().step(3)
+    assert_same_bits(run.numbers(), theirs.numbers())
+
+
+@pytest.mark.parametrize("what", ["data", "state", "state data", "state cleared", "param", "group"])
+def test_what_moves_is_noticed(what: str, device: str) -> None:
+    def move(run: Run) -> None:
+        param = run.params[0]
+        state = run.optimizer.state[param]
+        if what == "data":
+            param.data = param.data.clone() * 2
+        elif what == "state":
+            state["exp_avg"] = state["exp_avg"] * 2
+        elif what == "state data":
+            run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        elif what == "state cleared":
+            run.optimizer.state.clear()
+        elif what == "param":
+            run.params[0] = (param.detach() * 2).requires_grad_()
+            run.optimizer.param_groups[0]["params"][0] = run.params[0]
+        else:
+            run.optimizer.param_groups[0]["amsgrad"] = True
+
+    ours = run_of(device).step(2)
+    move(ours)
+    ours.step(2)
+    with by_the_core():
+        theirs = core().step(2)
+        move(theirs)
+        theirs.step(2)
+    assert_same_bits(ours.numbers(), theirs.numbers())
+
+
+def test_a_gradient_that_comes_late_starts_its_own_count(device: str) -> None:
+    def late(run: Run) -> Run:
+        for step in range(3):
+            run.grads()
+            if step == 0:
+                run.params[1].grad = None
+            run.optimizer.step()
+        return run
+
+    ours = late(run_of(device))
+    assert float(ours.optimizer.state[ours.params[1]]["step"]) == 2
+    with by_the_core():
+        theirs = late(core())
+    assert_same_bits(ours.numbers(), theirs.numbers())
+
+
+def test_state_moves_between_the_device_and_the_cpu(device: str) -> None:
+    ours = run_of(device).step(2)
+    with by_the_core():
+        whole = core().step(4)
+        other = core()
+        for param, there in zip(other.params, ours.params, strict=True):
+            param.data.copy_(there.detach())
+        other.optimizer.load_state_dict(ours.optimizer.state_dict())
+        other.generator = ours.generator
+        other.step(2)
+    assert_same_bits(other.numbers(), whole.numbers())
+
+
+# Hyperparameters and counts on the device.
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("AdamW", {"betas": (0.0, 0.99)}),
+        ("AdamW", {"decay_policy": "independent", "base_lr": 0.1}),
+        ("AdamW", {"decay_policy": "corrected", "base_lr": 0.1, "maximize": True}),
+        ("Adam", {"cautious": True, "decay_policy": "decoupled", "amsgrad": True}),
+        ("AdamW", {"bias_correction": False}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.3}),
+        ("SGD", {"momentum": 0.9, "nesterov": True}),
+        ("SGD", {"lr": torch.tensor(0.02), "momentum": 0.9}),
+        ("AdamW", {"lr": torch.tensor(0.02), "betas": (torch.tensor(0.9), torch.tensor(0.99))}),
+        ("AdamW", {"lr": torch.tensor(0.02, dtype=torch.float64)}),
+    ],
+    ids=str,
+)
+def test_scalars_are_computed_on_the_device_as_on_the_host(
+    kind: str, words: dict[str, Any], device: str
+) -> None:
+    """A step that may be dropped is counted on the device."""
+
+    def there(where: str) -> dict[str, Any]:
+        moved = {k: v.to(where) if torch.is_tensor(v) else v for k, v in words.items()}
+        if torch.is_tensor(moved.get("betas", (0,))[0]):
+            moved["betas"] = tuple(beta.to(where) for beta in moved["betas"])
+        return {**moved, "nonfinite": "skip"}
+
+    ours = run_of(device, kind, **there(device)).step(3)
+    with by_the_core():
+        theirs = core(kind, **there(INTERPRETER)).step(3)
+    mine = ours.numbers()
+    for key, value in theirs.numbers().items():
+        torch.testing.assert_close(mine[key], value, **TRITON_DEVICE_SCALARS)
+    assert ours.backend.launches == 9
