@@ -9,7 +9,18 @@ import sys
 
 __all__ = ["EXTRAS", "VERBS", "main"]
 
-VERBS = ("compare", "doctor", "explain", "convert", "inspect", "sweep", "worker", "report", "bench")
+VERBS = (
+    "compare",
+    "claims",
+    "sweep",
+    "worker",
+    "report",
+    "explain",
+    "convert",
+    "inspect",
+    "bench",
+    "doctor",
+)
 
 # Which extra of the distribution brings a package that a verb may miss.
 EXTRAS = {

@@ -28,6 +28,7 @@ __all__ = [
     "STANDARDISED",
     "Bench",
     "Effort",
+    "Shared",
     "everything",
 ]
 
