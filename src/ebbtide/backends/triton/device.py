@@ -24,9 +24,10 @@ from ebbtide.rules import Rule, Scalars
 
 __all__ = ["BLOCKS", "Device", "Question"]
 
-# Blocks of 128 elements in a tile, and warps of a program.
+# Blocks of 128 elements in a tile, and warps of a program by the bytes of the narrowest array: a
+# thread then takes 16 bytes of that at once.
 BLOCKS = 8
-WARPS = 4
+WARPS = {1: 2, 2: 4, 4: 8, 8: 8}
 # Programs that sum squares, at most: their sums are added by one program.
 SUMMING = 1024
 
@@ -167,7 +168,7 @@ class Device:
                 norm.sum_squares[(size,)](
                     table, launch.grads, row_of_tile, launch.tiles, sums[at:],
                     GRAD=launch.kind.grad, FINITE_ONLY=question.finite_only, BLOCKS=BLOCKS,
-                    PROGRAMS=size, num_warps=WARPS, enable_fp_fusion=False,
+                    PROGRAMS=size, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
                 self.launches += 1
                 at += size
@@ -253,7 +254,7 @@ class Device:
             RESIDUAL=kind.residual_bits, GRAD=kind.grad, STATE0=kind.state[0],
             STATE1=kind.state[1], STATE2=kind.state[2],
             STOCHASTIC=kind.stochastic, GUARD=guard, JUDGED=judged, BLOCKS=BLOCKS,
-            num_warps=WARPS, enable_fp_fusion=False,
+            num_warps=WARPS[kind.narrowest], enable_fp_fusion=False,
         )  # fmt: skip
         self.launches += 1
 

@@ -24,6 +24,7 @@ from ebbtide.backends.triton.codecs import (
 from ebbtide.backends.triton.moments import close_moments, open_moments
 from ebbtide.backends.triton.rows import (
     ROW_ALIGNED,
+    ROW_BLOCKS,
     ROW_ENTRY,
     ROW_FIRST_BLOCK,
     ROW_FIRST_TILE,
@@ -113,9 +114,13 @@ def step(
                    RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, BLOCKS,
                    True)  # fmt: skip
     else:
-        _step_tile(row, grad, first, scalars, verdict, lanes, spoilt, alarm, RULE, PARAM,
-                   RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, BLOCKS,
-                   False)  # fmt: skip
+        # Block by block: a tile of masked elements would need half as many registers again, for
+        # whole tiles too.
+        blocks = tl.minimum(first + BLOCKS, tl.load(row + ROW_BLOCKS))
+        for block in range(first, blocks):
+            _step_tile(row, grad, block, scalars, verdict, lanes, spoilt, alarm, RULE, PARAM,
+                       RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, 1,
+                       False)  # fmt: skip
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def located(
     block = tl.arange(0, BLOCKS)[:, None]
     if FAST:
         at = first * 128 + (block * 128 + lane)
-        inside = at >= 0
+        inside = tl.full((BLOCKS, 128), 1, tl.int1)
     else:
         run_length, lead = tl.load(row + ROW_RUN_LENGTH), tl.load(row + ROW_LEAD)
         blocks_per_run = (lead + run_length + 127) // 128

@@ -14,7 +14,7 @@ import torch
 from ebbtide import codecs
 from ebbtide.backends.triton.prologue import NUMBERS, POLICIES
 from ebbtide.backends.triton.rows import COLUMNS
-from ebbtide.plan import BLOCK, Row
+from ebbtide.plan import BLOCK, Format, Row
 
 __all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
 
@@ -37,6 +37,13 @@ class Kind(NamedTuple):
     state: tuple[int, ...]
     stochastic: bool
     counts_on_device: bool
+
+    @property
+    def narrowest(self) -> int:
+        """Bytes of an element of the narrowest array."""
+        formats = [Format(each) for each in (self.param, self.grad, *self.state) if each >= 0]
+        residual = [self.residual_bits // 8] if self.residual_bits else []
+        return min([each.itemsize for each in formats] + residual)
 
 
 class Launch:
