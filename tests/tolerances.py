@@ -32,3 +32,5 @@ TRITON_DEVICE_SCALARS = {"rtol": 1e-6, "atol": 1e-8}
 
 # Sums in another order than the CPU's: the clipping scale can differ in the last bit of float32.
 TRITON_CLIPPED = {"rtol": 1e-6, "atol": 1e-8}
+# Some tens of float32 steps through a model: what one ulp in a step makes of later gradients.
+TRAINING_FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}

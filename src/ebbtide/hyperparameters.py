@@ -224,7 +224,7 @@ class GroupReader:
         take longer than the step of a small model.
         """
         seen = self._seen
-        if seen is None or seen[0] != values[0] or seen[3:] != values[3:]:
+        if seen is None or seen[0] != values[0] or not _same(seen[3:], values[3:]):
             return False
         lr, weight_decay, policy = values[1:4]
         if not (type(lr) is float is type(weight_decay)) or policy not in ("l2", "decoupled"):
