@@ -223,11 +223,12 @@ class Table {
 
   // Whether this step looks if state tensors have been given other memory (`tensor.data = ...`). To
   // ask a cold tensor costs 0.2 µs, which doubles the step of 2,000 tensors of 1,000 elements
-  // (docs/log.md): where tensors are small each is asked every 16th step. Their memory is held, so
-  // nothing is lost meanwhile.
+  // (docs/log.md): where tensors are small they are asked in turn, some in every step, so that a
+  // loop over all state (to move it, say) is noticed at once. Their memory is held meanwhile.
   bool checks_addresses(size_t at) const {
     constexpr int64_t kLarge = 8192;
-    return elements_watched_ >= kLarge * int64_t(entries.size()) || (at + refreshes_) % 16 == 0;
+    if (elements_watched_ >= kLarge * int64_t(entries.size())) return true;
+    return (at + refreshes_) % std::min<size_t>(16, entries.size()) == 0;
   }
 
   void* address(const Entry& e, PyObject* object) const {

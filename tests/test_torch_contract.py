@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -375,35 +377,93 @@ def test_hyperparameters_may_change_between_steps(name: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-7)
 
 
-@each_class
-def test_state_that_is_replaced_moved_or_cleared_is_noticed(name: str) -> None:
+def late_steps(name: str, change: Callable[[Any, list[Tensor]], None]) -> list[Tensor]:
+    """Step 40 small parameters, change the state, step on; returns the weights."""
+    params = [nn.Parameter(torch.full((3,), 1.0 + i)) for i in range(40)]
     options = {"momentum": 0.9} if name == "SGD" else {}
-    key = "momentum_buffer" if name == "SGD" else "exp_avg"
-    param, fresh = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = CLASSES[name]([param], lr=0.1, **options)
+    optimizer = CLASSES[name](params, lr=0.1, **options)
+    for step in range(6):
+        if step == 3:
+            change(optimizer, params)
+        for index, param in enumerate(params):
+            param.grad = torch.full((3,), math.sin(index + step))
+        optimizer.step()
+    return [param.detach() for param in params]
 
-    def steps(count: int) -> None:
-        for _ in range(count):
-            param.grad = torch.ones(3)
-            optimizer.step()
 
-    steps(3)
-    state = optimizer.state[param]
-    state[key] = torch.zeros(3)
-    steps(1)
-    assert bool((state[key] != 0).all())
-    moved = state[key].clone()
-    state[key].data = moved
-    steps(1)
-    assert state[key].data_ptr() == moved.data_ptr()
+def arrays_of(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
+    return [(s, key) for s in optimizer.state.values() for key in s if key != "step"]
+
+
+def halve_in_place(optimizer: Any, params: list[Tensor]) -> None:
+    for state, key in arrays_of(optimizer):
+        state[key].mul_(0.5)
+
+
+def halve_by_replacing(optimizer: Any, params: list[Tensor]) -> None:
+    for state, key in arrays_of(optimizer):
+        state[key] = state[key] * 0.5
+
+
+def halve_by_moving(optimizer: Any, params: list[Tensor]) -> None:
+    for state, key in arrays_of(optimizer):
+        state[key].data = state[key].data * 0.5
+
+
+def halve_in_new_dicts(optimizer: Any, params: list[Tensor]) -> None:
+    for param in params:
+        state = optimizer.state[param]
+        half = {key: value * 0.5 if key != "step" else value for key, value in state.items()}
+        optimizer.state[param] = half
+
+
+@each_class
+@pytest.mark.parametrize("change", [halve_by_replacing, halve_by_moving, halve_in_new_dicts])
+def test_state_that_is_replaced_or_moved_is_noticed(
+    name: str, change: Callable[[Any, list[Tensor]], None]
+) -> None:
+    expected = late_steps(name, halve_in_place)
+    assert all(map(torch.equal, late_steps(name, change), expected))
+
+
+def clear(optimizer: Any, params: list[Tensor]) -> None:
     optimizer.state.clear()
-    param.data.fill_(1.0)
-    steps(2)
-    alone = CLASSES[name]([fresh], lr=0.1, **options)
-    for _ in range(2):
-        fresh.grad = torch.ones(3)
-        alone.step()
-    assert torch.equal(param, fresh)
+
+
+def clear_by_a_new_mapping(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def clear_by_a_new_optimizer(optimizer: Any, params: list[Tensor]) -> None:
+    fresh = type(optimizer)(params, **{k: optimizer.defaults[k] for k in ("lr",)})
+    fresh.param_groups[0].update(
+        {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    )
+    optimizer.__setstate__({"state": fresh.state, "param_groups": optimizer.param_groups})
+
+
+@each_class
+@pytest.mark.parametrize("change", [clear, clear_by_a_new_mapping])
+def test_state_that_is_cleared_begins_anew(
+    name: str, change: Callable[[Any, list[Tensor]], None]
+) -> None:
+    expected = late_steps(name, clear_by_a_new_optimizer)
+    assert all(map(torch.equal, late_steps(name, change), expected))
+
+
+@each_class
+def test_step_counts_may_be_set(name: str) -> None:
+    def early(optimizer: Any, params: list[Tensor]) -> None:
+        for param in params[::2]:
+            if "step" in optimizer.state[param]:
+                optimizer.state[param]["step"].fill_(100.0)
+
+    def replaced(optimizer: Any, params: list[Tensor]) -> None:
+        for param in params[::2]:
+            if "step" in optimizer.state[param]:
+                optimizer.state[param]["step"] = torch.tensor(100.0)
+
+    assert all(map(torch.equal, late_steps(name, early), late_steps(name, replaced)))
 
 
 @each_class
