@@ -48,6 +48,9 @@ def ebbtide(
         (["compare", "--out", "taken"], "holds no ebbtide report"),
         (["compare", "--out", "taken/thesis.tex"], "is a file"),
         (["compare", "--out", "."], "current folder"),
+        (["claims", "--only", "lion"], "unknown claim 'lion'"),
+        (["claims", "--only", ","], "no claim named"),
+        (["claims", "--out", "taken"], "holds no ebbtide report"),
     ],
 )
 def test_bad_input_is_one_line_status_2_and_nothing_written(
@@ -105,6 +108,35 @@ def test_ctrl_c_ends_at_once_and_says_what_is_there(tmp_path: Path) -> None:
     assert "nothing is written" in rest
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_claims_are_listed_run_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = ebbtide(["claims", "--list"], monkeypatch, capsys)
+    assert status == 0
+    assert "late-parameter" in out
+    status, out, _ = ebbtide(["claims", "--list", "--json"], monkeypatch, capsys)
+    assert "late-parameter" in {claim["name"] for claim in json.loads(out)}
+    folder = tmp_path / "report"
+    arguments = ["claims", "--only", "late-parameter,imagenet", "--quick", "--out", str(folder)]
+    status, out, err = ebbtide(arguments, monkeypatch, capsys)
+    assert status == 0
+    assert "Claims: late-parameter: not confirmed" in err.splitlines()
+    assert out.rstrip().endswith(f"Report: {folder / 'report.html'}")
+    status, out, _ = ebbtide([*arguments, "--json"], monkeypatch, capsys)
+    assert [c["name"] for c in json.loads(out)["claims"]] == ["late-parameter", "imagenet"]
+
+
+def test_a_report_of_another_verb_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "report"
+    arguments = ["claims", "--only", "imagenet", "--out", str(folder)]
+    assert ebbtide(arguments, monkeypatch, capsys)[0] == 0
+    status, _, err = ebbtide(["compare", "--out", str(folder)], monkeypatch, capsys)
+    assert status == 2
+    assert "holds a report of `ebbtide claims`" in err
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -74,7 +74,9 @@ def _verbs() -> None:
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Option(help="What to train: digits.")] = "digits",
+    task: Annotated[
+        str, typer.Option(help="What to train: digits, char-lm, convnet, or FILE.py:FUNCTION.")
+    ] = "digits",
     optimizers: Annotated[
         str, typer.Option(help="Which to compare, comma-separated.")
     ] = "sgd,sgdw,adam,adamw",
@@ -88,12 +90,18 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Where the seeds begin.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/compare"),
     quick: Annotated[bool, typer.Option(help="A small grid and short runs.")] = False,
+    metric: Annotated[
+        str | None, typer.Option(help="Which number of the function's counts; loss, or the only.")
+    ] = None,
+    maximize: Annotated[bool, typer.Option(help="More of it is better.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one model under several optimizers, each at its best settings, and report."""
     from ebbtide.lab.compare import Request
 
-    request = Request(task, optimizers, lr, weight_decay, seeds, seed, quick)
+    request = Request(
+        task, optimizers, lr, weight_decay, seeds, seed, quick, metric=metric, maximize=maximize
+    )
     _compare(request, out, as_json)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ebbtide.lab.conclusions import advantages, difference_words, effects, range_words
 from ebbtide.lab.experiment import ArmResult, Experiment, OptimizerResult
 from ebbtide.lab.export import as_json, csv_files, to_bytes
@@ -38,9 +40,6 @@ __all__ = [
 ]
 
 COMMAND = "compare"
-# A factor of about √10 apart, in round numbers.
-GRID = ("1e-4,3e-4,1e-3,3e-3,0.01,0.03,0.1", "0,0.03,0.1,0.3,1,3,10")
-QUICK_GRID = ("3e-4,1e-3,3e-3,0.01,0.03", "0,0.1,0.3,1,3")
 RESULT_COLUMNS = ("Optimizer", "Best lr", "Best weight decay", "Validation", "Test", "Against")
 
 
@@ -49,13 +48,15 @@ class Request:
     """What the user asked to compare; `None` where the default should do.
 
     Attributes:
-        task: Name of the task.
+        task: Name of the task, or `FILE.py:FUNCTION`.
         optimizers: Names, comma-separated.
         lr: Grid of learning rates in AdamW's units.
         weight_decay: Grid of weight decays in AdamW's units.
         seeds: Number of paired test seeds.
         seed: Where the seeds begin.
         quick: Whether a small grid and short runs are enough.
+        metric: Which of the numbers that the user's function returns counts.
+        maximize: Whether more of it is better.
     """
 
     task: str = "digits"
@@ -65,6 +66,8 @@ class Request:
     seeds: int | None = None
     seed: int = 0
     quick: bool = False
+    metric: str | None = None
+    maximize: bool = False
 
     def experiment(self) -> Experiment:
         """Return the experiment.
@@ -72,14 +75,13 @@ class Request:
         Raises:
             InputError: Something asked for does not exist or makes no sense.
         """
-        task = load_task(self.task, quick=self.quick)
         specs = choose_optimizers(self.optimizers)
-        default_lr, default_decay = QUICK_GRID if self.quick else GRID
-        lr = default_lr if self.lr is None else self.lr
-        weight_decay = default_decay if self.weight_decay is None else self.weight_decay
+        task = load_task(self.task, quick=self.quick, metric=self.metric, maximize=self.maximize)
+        lr = task.search.lr if self.lr is None else self.lr
+        weight_decay = task.search.weight_decay if self.weight_decay is None else self.weight_decay
         lrs = parse_grid(lr, name="lr")
         weight_decays = parse_grid(weight_decay, name="weight decay", allow_zero=True)
-        test_seeds = self.seeds or (5 if self.quick else 10)
+        test_seeds = self.seeds or task.search.seeds
         # A thousand seeds apart, so that neighbouring values of `seed` share none.
         first = 1000 * self.seed
         return Experiment(
@@ -106,10 +108,12 @@ def result_rows(arm: ArmResult) -> list[tuple[str, ...]]:
 
 
 def _result_row(arm: ArmResult, result: OptimizerResult) -> tuple[str, ...]:
-    metric, test = arm.arm.metric, result.test()
+    metric = arm.arm.metric
     validation = float(result.grid.mean[result.grid.best])
     if result is arm.reference:
         against = "reference"
+    elif np.isnan(arm.advantage(result).mean):
+        against = "unknown"
     else:
         # The other way round than `advantage`, whose sign is the reference's.
         interval = paired_difference(result.chosen.test[:, 0], arm.reference.chosen.test[:, 0])
@@ -118,11 +122,19 @@ def _result_row(arm: ArmResult, result: OptimizerResult) -> tuple[str, ...]:
         result.spec.label,
         format_value(result.best.lr),
         format_value(result.best.weight_decay),
-        f"{validation:.{metric.decimals}f} {metric.unit}",
-        f"{test.mean:.{metric.decimals}f} {metric.unit} "
-        f"({range_words(test, decimals=metric.decimals)})",
+        f"{validation:.{metric.decimals}f} {metric.unit}".rstrip(),
+        _test_words(result, metric),
         against,
     )
+
+
+def _test_words(result: OptimizerResult, metric: Metric) -> str:
+    values = result.chosen.test[:, 0]
+    if np.isnan(values).any():
+        return f"diverged under {np.isnan(values).sum()} of {len(values)} seeds"
+    mean, decimals = result.test(), metric.decimals
+    words = f"{mean.mean:.{decimals}f} {metric.unit} ({range_words(mean, decimals=decimals)})"
+    return " ".join(words.split())
 
 
 def _report(experiment: Experiment, arms: tuple[ArmResult, ...]) -> Report:
@@ -158,11 +170,18 @@ def _section(arm: ArmResult) -> Section:
             )
         ],
         pictures=[
-            Picture(f"{name}-{metric.name}", _dots(arm), metric_sentence(arm)),
+            Picture(f"{name}-test", _dots(arm), metric_sentence(arm)),
             Picture(f"{name}-heat", draw_heat_maps(_heat_maps(arm)), decay_sentence(arm)),
-            Picture(f"{name}-curves", draw_curves(_curves(arm)), loss_sentence(arm)),
+            *_curve_pictures(arm),
         ],
     )
+
+
+def _curve_pictures(arm: ArmResult) -> list[Picture]:
+    """Return the picture of the losses; none where an optimizer's were not measured."""
+    if not all(result.chosen.steps.size for result in arm.results):
+        return []
+    return [Picture(f"{arm.arm.name}-curves", draw_curves(_curves(arm)), loss_sentence(arm))]
 
 
 def metric_sentence(arm: ArmResult) -> str:
@@ -172,12 +191,13 @@ def metric_sentence(arm: ArmResult) -> str:
         return _lone_sentence(arm.reference.spec.label, metric, arm.reference.test())
     found = {other.spec.label: arm.advantage(other) for other in arm.others()}
     label, quantity = arm.reference.spec.label, f"test {metric.name}"
-    return advantages(label, quantity, found, unit=_points(metric), decimals=metric.decimals)
+    said = advantages(label, quantity, found, unit=_points(metric), decimals=metric.decimals)
+    return " ".join(said.split())  # a user's metric has no unit
 
 
 def _lone_sentence(label: str, metric: Metric, interval: Interval) -> str:
     span = range_words(interval, decimals=metric.decimals)
-    mean = f"{interval.mean:.{metric.decimals}f} {metric.unit}"
+    mean = f"{interval.mean:.{metric.decimals}f} {metric.unit}".rstrip()
     return f"{label}'s test {metric.name} is {mean} (95 % interval {span})."
 
 
@@ -188,23 +208,26 @@ def decay_sentence(arm: ArmResult) -> str:
     if not gains:
         cells = [f"{r.spec.label}'s at lr {format_value(r.best.lr)}" for r in arm.results]
         return f"The best cells lie where the frames are: {', '.join(cells)}."
-    return effects(
+    said = effects(
         "Weight decay", f"test {metric.name}", gains, unit=_points(metric), decimals=metric.decimals
     )
+    return " ".join(said.split())
 
 
 def loss_sentence(arm: ArmResult) -> str:
     """Say where the reference's test loss ends against the others'."""
     ends = {result.spec.label: result.chosen.test_loss[:, 0, -1] for result in arm.results}
-    reference = arm.reference.spec.label
+    reference, name = arm.reference.spec.label, arm.reference.chosen.test_loss_name
     if len(ends) == 1:
-        return f"{reference}'s test loss ends at {ends[reference].mean():.2f}."
+        return f"{reference}'s {name} ends at {ends[reference].mean():.2f}."
     found = {
         label: paired_difference(ends[reference], end)
         for label, end in ends.items()
         if label != reference
     }
-    return advantages(reference, "test loss at the end", found, unit="nats", decimals=2)
+    unit = "nats" if arm.arm.metric.unit else ""
+    said = advantages(reference, f"{name} at the end", found, unit=unit, decimals=2)
+    return " ".join(said.split())
 
 
 def _points(metric: Metric) -> str:
@@ -244,7 +267,7 @@ def _heat_maps(arm: ArmResult) -> HeatMaps:
         )
         for result in arm.results
     ]
-    label = f"validation {metric.name} ({metric.unit})"
+    label = f"validation {_with_unit(metric)}"
     return HeatMaps(panels, label, metric.higher_is_better, decimals=max(0, metric.decimals - 1))
 
 
@@ -253,15 +276,23 @@ def _curves(arm: ArmResult) -> list[CurvePanel]:
         curves = [
             Curve(r.spec.label, r.chosen.steps, getattr(r.chosen, part)[:, 0]) for r in arm.results
         ]
-        return CurvePanel(title, arm.arm.loss_name, curves)
+        log = not any(bool((curve.values <= 0).any()) for curve in curves)
+        return CurvePanel(title, arm.arm.loss_name, curves, log=log)
 
-    return [panel("Training loss", "train_loss"), panel("Test loss", "test_loss")]
+    test = panel(arm.reference.chosen.test_loss_name.capitalize(), "test_loss")
+    if np.isnan(arm.reference.chosen.train_loss).all():
+        return [test]
+    return [panel("Training loss", "train_loss"), test]
 
 
 def _dots(arm: ArmResult) -> Draw:
     metric = arm.arm.metric
     rows = [DotRow(r.spec.label, r.chosen.test[:, 0], r.test()) for r in arm.results]
-    return draw_dots(rows, x_label=f"test {metric.name} ({metric.unit})")
+    return draw_dots(rows, x_label=f"test {_with_unit(metric)}")
+
+
+def _with_unit(metric: Metric) -> str:
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
 def _method(experiment: Experiment) -> list[str]:
@@ -284,7 +315,7 @@ def _method(experiment: Experiment) -> list[str]:
         "by seed. Intervals hold the truth in 95 of 100 cases: expanded percentile bootstrap "
         "(Hesterberg 2015), or Student's for fewer than eight seeds. "
         "A difference counts as seen when its interval excludes zero.",
-        "A cell has diverged when its training loss ends above where it began, or is not finite.",
+        experiment.task.diverged,
         "Bands in the curves are one standard deviation over the seeds.",
         "One step, with g the gradient, θ a parameter and λ the weight decay. "
         + ". ".join(updates) + ".",
@@ -300,5 +331,6 @@ def _facts(experiment: Experiment) -> Mapping[str, str]:
         "scikit-learn": version("scikit-learn"),
         "selection seeds": ", ".join(map(str, experiment.selection_seeds)),
         "test seeds": ", ".join(map(str, experiment.test_seeds)),
-        "training steps in all": f"{experiment.total_steps():,}",
+        f"{experiment.task.unit} in all": f"{experiment.total_steps():,}",
+        **experiment.task.facts,
     }

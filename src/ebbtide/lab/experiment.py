@@ -15,7 +15,7 @@ The protocol, fixed before any number is seen:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import Protocol
 
@@ -257,11 +257,11 @@ def _best_undecayed(arm: Arm, grid: Grid) -> int:
 
 def _column(outcomes: Outcomes, index: int) -> Outcomes:
     keep = slice(index, index + 1)
-    return Outcomes(
-        outcomes.validation[:, keep],
-        outcomes.test[:, keep],
-        outcomes.diverged[:, keep],
-        outcomes.steps,
-        outcomes.train_loss[:, keep],
-        outcomes.test_loss[:, keep],
+    return replace(
+        outcomes,
+        validation=outcomes.validation[:, keep],
+        test=outcomes.test[:, keep],
+        diverged=outcomes.diverged[:, keep],
+        train_loss=outcomes.train_loss[:, keep],
+        test_loss=outcomes.test_loss[:, keep],
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.optimizers import OptimizerSpec
 
-__all__ = ["TASKS", "Arm", "Cell", "Metric", "Outcomes", "Task", "Tick", "load_task"]
+__all__ = ["TASKS", "Arm", "Cell", "Metric", "Outcomes", "Search", "Task", "Tick", "load_task"]
 
 Tick = Callable[[int], None]
 """Called during training with the number of steps done since the last call; raises to stop."""
@@ -54,9 +54,10 @@ class Outcomes:
         validation: Metric on the data that cells are chosen by, (S, C).
         test: Metric on the data that nothing is chosen by, (S, C).
         diverged: Whether training lost the way, (S, C); the metrics are NaN there.
-        steps: Steps at which the losses were measured, (P,).
-        train_loss: (S, C, P).
+        steps: Steps at which the losses were measured, (P,); empty where none were.
+        train_loss: (S, C, P); NaN throughout where only the other is known.
         test_loss: (S, C, P).
+        test_loss_name: What the second curve is.
     """
 
     validation: NDArray[np.float64]
@@ -65,6 +66,7 @@ class Outcomes:
     steps: NDArray[np.int64]
     train_loss: NDArray[np.float64]
     test_loss: NDArray[np.float64]
+    test_loss_name: str = "test loss"
 
 
 class Arm(Protocol):
@@ -111,31 +113,101 @@ class Arm(Protocol):
 
 
 @dataclass(frozen=True)
+class Search:
+    """How much is searched where the user does not say.
+
+    Attributes:
+        lr: Grid of learning rates, in AdamW's units.
+        weight_decay: Grid of weight decays, in AdamW's units.
+        seeds: Number of paired test seeds.
+    """
+
+    lr: str
+    weight_decay: str
+    seeds: int
+
+
+# A factor of about √10 apart, in round numbers.
+_SEARCH = Search("1e-4,3e-4,1e-3,3e-3,0.01,0.03,0.1", "0,0.03,0.1,0.3,1,3,10", 10)
+_QUICK_SEARCH = Search("3e-4,1e-3,3e-3,0.01,0.03", "0,0.1,0.3,1,3", 5)
+
+
+@dataclass(frozen=True)
 class Task:
-    """A training problem in one or more variants."""
+    """A training problem in one or more variants.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What the report calls it.
+        description: What is trained on what, in a few sentences.
+        arms: The variants.
+        search: How much is searched by default.
+        unit: What an arm's `steps` are.
+        diverged: When a cell has diverged, as a sentence.
+        facts: What a report should record of it, by name.
+    """
 
     name: str
     title: str
     description: str
     arms: tuple[Arm, ...]
+    search: Search = _SEARCH
+    unit: str = "training steps"
+    diverged: str = (
+        "A cell has diverged when its training loss ends above where it began, or is not finite."
+    )
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def _digits(quick: bool) -> Task:
     from ebbtide.lab.digits import digits_task
 
-    return digits_task(quick=quick)
+    task = digits_task(quick=quick)
+    return replace(task, search=_QUICK_SEARCH) if quick else task
 
 
-TASKS: dict[str, Callable[[bool], Task]] = {"digits": _digits}
+def _charlm(quick: bool) -> Task:
+    from ebbtide.lab.charlm import charlm_task
+
+    return charlm_task(quick=quick)
+
+
+def _convnet(quick: bool) -> Task:
+    from ebbtide.lab.convnet import convnet_task
+
+    return convnet_task(quick=quick)
+
+
+TASKS: dict[str, Callable[[bool], Task]] = {
+    "digits": _digits,
+    "char-lm": _charlm,
+    "convnet": _convnet,
+}
 """Tasks by name; each is made with `quick` or not."""
 
 
-def load_task(name: str, *, quick: bool = False) -> Task:
-    """Return a task by its name.
+def load_task(
+    name: str, *, quick: bool = False, metric: str | None = None, maximize: bool = False
+) -> Task:
+    """Return a task by its name, or that of the user's own function.
+
+    Args:
+        name: One of `TASKS`, or `FILE.py:FUNCTION`.
+        quick: Whether small grids and short runs are enough.
+        metric: Which of the numbers that the function returns counts.
+        maximize: Whether more of it is better.
 
     Raises:
-        InputError: There is no such task.
+        InputError: There is no such task, or the function cannot be used.
     """
+    if ":" in name:
+        from ebbtide.lab.user_task import user_task
+
+        return user_task(name, quick=quick, metric=metric, maximize=maximize)
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; choose among {', '.join(TASKS)}")
+        raise InputError(
+            f"unknown task {name!r}; choose among {', '.join(TASKS)}, or write FILE.py:FUNCTION"
+        )
+    if metric is not None or maximize:
+        raise InputError(f"the task {name} has a metric of its own; FILE.py:FUNCTION takes one")
     return TASKS[name](quick)
