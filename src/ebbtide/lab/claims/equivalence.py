@@ -108,7 +108,7 @@ def _measure_adam(bench: Bench) -> Evidence:
     sgd, _ = _smallest_gap(bench, "SGD", (0.1, 10.0))
     return Evidence(
         {
-            "adam": exact("smallest gap for Adam, as a share of the decay's effect", adam),
+            "adam": exact("smallest gap for Adam, as a share of the decay's effect", adam, ".0%"),
             "at": exact("λ of the L2 term there", at),
             "sgd": exact("the same for SGD, as a check of the search", sgd),
         }

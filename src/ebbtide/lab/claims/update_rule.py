@@ -133,13 +133,13 @@ def _measure_momentum(bench: Bench) -> Evidence:
         moves.append(-average)
     late = slice(steps // 2, None)
     adams, momentum = np.diff(path, axis=0)[late], np.stack(moves)[late]
+    common, own = (_left_over(adams, momentum, axis) for axis in (None, 0))
     return Evidence(
         {
-            "common": exact("left over with one factor for all", _left_over(adams, momentum, None)),
-            "own": exact("left over with a factor for each parameter",
-                         _left_over(adams, momentum, 0)),
+            "common": exact("left over with one factor for all", common, ".1%"),
+            "own": exact("left over with a factor for each parameter", own, ".1%"),
         }
-    )  # fmt: skip
+    )
 
 
 def _left_over(first: Array, second: Array, axis: int | None) -> float:

@@ -127,7 +127,7 @@ def _measure_cautious(bench: Bench) -> Evidence:
             "multi": Number("cautious minus AdamW, columns on different scales",
                             gains["multi-scale"], "+.2f", "points"),
             "share": Number("share of weights decayed in a step under noise",
-                            bootstrap_mean(shares), ".3f"),
+                            bootstrap_mean(shares), ".1%"),
         }
     )  # fmt: skip
 
@@ -226,8 +226,8 @@ def _measure_corrected(bench: Bench) -> Evidence:
     return Evidence(
         {
             "adamw": Number("RMS weight at the end over that at a quarter, AdamW",
-                            kept["decoupled"], ".3f"),
-            "corrected": Number("the same with corrected decay", kept["corrected"], ".3f"),
+                            kept["decoupled"], ".1%"),
+            "corrected": Number("the same with corrected decay", kept["corrected"], ".1%"),
             "gradient": Number("growth of AdamW's gradient norm over the same time",
                                bootstrap_mean(paths["decoupled"][:, quarter]
                                               / paths["decoupled"][:, -1]), ".2f"),
