@@ -1,0 +1,118 @@
+"""What only a GPU can show: graphs, streams, steps that the host does not wait for, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ebbtide.torch import AdamW
+from tests.devices import GPU, Run, assert_same_bits, on
+
+pytestmark = pytest.mark.gpu
+
+SHAPES: list[tuple[int, ...]] = [(40, 30), (3,), ()]
+WORDS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def native() -> Iterator[None]:
+    with on(GPU):
+        yield
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"clip_grad_norm": 1.0}, {"nonfinite": "skip"}, {"fused": True}],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device(words: dict[str, Any]) -> None:
+    run = Run("AdamW", SHAPES, GPU, **WORDS, **words).step(3)
+    run.grads()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_captured_step_is_replayed_with_its_own_count_and_learning_rate(
+    clip: float | None,
+) -> None:
+    def run_of() -> tuple[Run, torch.Tensor]:
+        lr = torch.tensor(0.02, device=GPU)
+        words = {"lr": lr, "weight_decay": 0.1, "capturable": True, "clip_grad_norm": clip}
+        run = Run("AdamW", SHAPES, GPU, **words)
+        run.grads()
+        return run, lr
+
+    captured, lr = run_of()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            captured.optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.optimizer.step()
+    for rate in (0.02, 0.01, 0.005):
+        lr.fill_(rate)
+        graph.replay()
+    plain, lr = run_of()
+    for rate in (0.02, 0.02, 0.02, 0.02, 0.01, 0.005):
+        lr.fill_(rate)
+        plain.optimizer.step()
+    assert_same_bits(captured.numbers(), plain.numbers())
+
+
+def test_a_step_runs_on_the_current_stream() -> None:
+    run = Run("AdamW", SHAPES, GPU, **WORDS).step()
+    stream = torch.cuda.Stream()
+    run.grads()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        run.optimizer.step()
+        done = torch.cuda.Event()
+        done.record()
+    assert not done.query(), "the step did not wait for the work before it on its stream"
+    torch.cuda.synchronize()
+    assert float(run.optimizer.state[run.params[0]]["step"]) == 2
+
+
+def test_a_step_allocates_nothing_that_grows_with_the_model() -> None:
+    param = torch.zeros(1 << 24, device=GPU, requires_grad=True)
+    optimizer = AdamW([param], clip_grad_norm=1.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+def test_parameters_beyond_two_to_the_thirty_one_elements() -> None:
+    numel = (1 << 31) + 129
+    param = torch.zeros(numel, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    param.grad[-1] = 1.0
+    AdamW([param], lr=0.5, weight_decay=0.0).step()
+    assert float(param[-1]) == -0.5
+    assert float(param[0]) == 0.0
+
+
+def test_parameters_on_the_cpu_and_the_gpu_in_one_optimizer() -> None:
+    both = [torch.ones(300, device=where, requires_grad=True) for where in ("cpu", GPU)]
+    optimizer = AdamW(both, clip_grad_norm=1.0, **WORDS)
+    for _ in range(3):
+        for param in both:
+            param.grad = torch.full_like(param, 0.5)
+        optimizer.step()
+    torch.testing.assert_close(both[0], both[1].cpu(), rtol=1e-6, atol=1e-7)
