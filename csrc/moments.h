@@ -36,7 +36,7 @@ constexpr uint32_t kLargest = 0x7E800000u;    // bits of v that still round up t
 constexpr uint32_t kDormant = 16u << 23;      // how far below the largest v dormant elements count
 constexpr uint32_t kMostRatio = 0x5F800000u;  // bits of the first m/S too large to keep
 
-// 1/S of the number with these bits: S is the power of two at or below its root.
+// 1/S of the number with these bits: S is the power of two nearest its root.
 EBBTIDE_INLINE UintLanes inverse_unit(UintLanes bits) {
   return 0x5F000000u - ((bits >> 1) & 0x7F800000u);
 }

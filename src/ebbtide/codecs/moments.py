@@ -8,7 +8,7 @@ gradient never loses its denominator. Rounded stochastically: a step of β2 = 0.
 than half a step of the grid and would be lost every time.
 
 **First moment m.** What matters of m is m/√v, so that is what is kept: m divided by S(v), the power
-of two at or below √v, with the v of the code. Blocks are then even, whatever the range of v within
+of two nearest √v, with the v of the code. Blocks are then even, whatever the range of v within
 them. The code is the signed square root of m/S relative to the block's largest, a float32 scale
 beside it; rounded stochastically, as rounding to nearest would hold small momentum for ever.
 Zero is exactly zero.
@@ -171,7 +171,7 @@ def _shift_and_base(window: int) -> tuple[int, int]:
 
 
 def _ratio(m: float, bits: int) -> float:
-    """Return m/S: S is the power of two at or below the root of the number with these bits."""
+    """Return m/S: S is the power of two nearest the root of the number with these bits."""
     return _f32(m * from_bits(0x5F000000 - (bits >> 1 & 0x7F800000)))
 
 

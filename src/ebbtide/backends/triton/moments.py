@@ -178,7 +178,7 @@ def _alive(second: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _ratio(first: tl.tensor, bits: tl.tensor) -> tl.tensor:
-    """Return m/S: S is the power of two at or below the root of the number with these bits."""
+    """Return m/S: S is the power of two nearest the root of the number with these bits."""
     inverse = (0x5F000000 - ((bits >> 1) & _INFINITE)).to(tl.float32, bitcast=True)
     return flushed(first * inverse)
 
