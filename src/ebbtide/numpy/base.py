@@ -224,7 +224,10 @@ class Optimizer:
             if self.last_step_skipped:
                 return Outcome([])
             lists = None
-        return backend.rerun(lists, given, self.state, buckets, scale, guard)
+        outcome = backend.rerun(lists, given, self.state, buckets, scale, guard)
+        if outcome is not None and backend.stepped() == []:
+            self._warn_without_gradients(given)
+        return outcome
 
     def _judge(self, total: float) -> float:
         """Return what to multiply the gradients by, given their sum of squares; or skip."""

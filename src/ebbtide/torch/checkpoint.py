@@ -16,6 +16,7 @@ from ebbtide.checkpoint import CheckpointError, Loading, Slot
 from ebbtide.hyperparameters import numbers, validate_group
 from ebbtide.torch import ranks
 from ebbtide.torch.rows import FORMATS
+from ebbtide.torch.tensors import LOW_PRECISION
 
 if TYPE_CHECKING:
     from ebbtide.torch.base import Optimizer
@@ -250,10 +251,11 @@ def _dtype(key: str, saved: torch.dtype, param: torch.dtype) -> torch.dtype:
     """Return the dtype to keep a state array in: the saved one, where a step can work with it.
 
     A float16 second moment becomes float32, which holds the same number: its next values need more
-    range than float16 has. Double and complex state go with double and complex parameters.
+    range than float16 has. Double and complex state go with double and complex parameters; that of
+    16-bit parameters becomes float32.
     """
     if param.is_complex or saved.is_complex or torch.float64 in (saved, param):
-        return param
+        return torch.float32 if param in LOW_PRECISION else param
     if key in _SECOND_MOMENTS and saved == torch.float16:
         return torch.float32
     return saved
