@@ -96,18 +96,35 @@ def test_compare_writes_a_report_and_says_where(
     assert json.loads(out) == results
 
 
-def test_ctrl_c_ends_at_once_and_says_what_is_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ebbtide", "compare", "--out", str(tmp_path / "report")]
+def interrupted(arguments: list[str], folder: Path, after: str) -> str:
+    """Run a command until it has said a line, press Ctrl-C, and return what it says then."""
+    command = [sys.executable, "-m", "ebbtide", *arguments, "--out", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == "Handwritten digits: started\n"
-        time.sleep(0.5)
+        assert after in iter(process.stderr.readline, "")
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert "nothing is written" in rest
     assert "Traceback" not in rest
+    return rest
+
+
+def test_ctrl_c_ends_a_comparison_at_once_and_says_what_is_there(tmp_path: Path) -> None:
+    rest = interrupted(["compare"], tmp_path / "report", "Handwritten digits: started\n")
+    assert "no run had come to its end" in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_a_report_of_the_claims_tested_so_far(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    arguments = ["claims", "--only", "late-parameter,loss-picture"]
+    rest = interrupted(arguments, folder, "Claims: late-parameter: not confirmed\n")
+    assert "interrupted after 1 of 2 claims; a report of these is in" in rest
+    results = json.loads((folder / "results.json").read_text())
+    assert results["partly"]
+    assert [claim["name"] for claim in results["claims"]] == ["late-parameter"]
+    assert "Only 1 of 2 claims" in (folder / "report.html").read_text()
 
 
 def test_claims_are_listed_run_and_reported(

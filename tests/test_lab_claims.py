@@ -17,6 +17,7 @@ from ebbtide.lab.claims.report import summary, write_report
 from ebbtide.lab.claims.run import Finding, run_claims
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.statistics import Interval
+from tests.lab import Counter
 
 QUICK = Effort(quick=True)
 TESTABLE = [claim for claim in CLAIMS if claim.measure is not None]
@@ -28,17 +29,6 @@ TRAINED = [claim for claim in TESTABLE if claim not in SMALL]
 
 def name_of(claim: Claim) -> str:
     return claim.name
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.total = self.done = 0
-
-    def start(self, title: str, total: int) -> None:
-        self.total = total
-
-    def advance(self, units: int) -> None:
-        self.done += units
 
 
 def doctored(claim: Claim, evidence: Evidence, interval: Interval) -> Evidence:
@@ -104,13 +94,13 @@ def test_an_untestable_claim_says_why() -> None:
 @pytest.mark.parametrize("claim", SMALL, ids=name_of)
 def test_a_deterministic_experiment_comes_out_as_predicted(claim: Claim) -> None:
     assert claim.measure is not None
-    evidence = claim.measure(Bench(QUICK, lambda steps: None))
+    evidence = claim.measure(Bench(QUICK, Counter()))
     assert check(claim, evidence) is claim.expected
 
 
 def test_the_numbers_of_the_literature_come_out() -> None:
     """Values that theory gives in closed form, to the digits printed."""
-    bench = Bench(QUICK, lambda steps: None)
+    bench = Bench(QUICK, Counter())
     known = {
         ("late-parameter", "shared"): 0.1 / math.sqrt(0.001 / (1 - 0.999**1001)),
         ("bias-correction", "usual"): 0.1 / math.sqrt(0.001),
@@ -133,7 +123,7 @@ def test_the_numbers_of_the_literature_come_out() -> None:
 
 @pytest.mark.slow
 def test_every_experiment_with_training_can_be_judged_both_ways() -> None:
-    bench = Bench(QUICK, lambda steps: None)
+    bench = Bench(QUICK, Counter())
     for claim in TRAINED:
         assert claim.measure is not None
         check(claim, claim.measure(bench))

@@ -18,6 +18,7 @@ from ebbtide import cli_bench, cli_inspect, cli_science, cli_sweep
 if TYPE_CHECKING:
     from ebbtide.lab.claims.claim import Claim
     from ebbtide.lab.compare import Request
+    from ebbtide.lab.memory import Unfinished
 
 __all__ = ["app", "claims", "compare", "doctor", "main"]
 
@@ -106,6 +107,8 @@ def compare(
 
 
 def _compare(request: Request, out: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from ebbtide.lab.compare import COMMAND, write_report
     from ebbtide.lab.experiment import run
     from ebbtide.lab.folder import RESULTS, check_folder
@@ -113,18 +116,35 @@ def _compare(request: Request, out: Path, as_json: bool) -> None:
 
     experiment = request.experiment()
     check_folder(out, COMMAND)
+    memory = _memory(out, {COMMAND: asdict(request), "facts": dict(experiment.task.facts)})
     progress = Progress()
     try:
         with progress:
-            arms = run(experiment, progress)
+            arms = run(experiment, progress, memory)
             write_report(experiment, arms, out)
     except KeyboardInterrupt:
-        kept = f"the earlier report in {out} is untouched" if out.exists() else "nothing is written"
-        _fail(f"interrupted with {progress.share:.0%} of the training done; {kept}", status=130)
+        done = f"interrupted with {progress.share:.0%} of the training done"
+        _fail(f"{done}; {_resumption(memory)}", status=130)
+    memory.forget()
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"), end="")
     else:
         _print_results(arms, out)
+
+
+def _memory(out: Path, identity: dict[str, Any]) -> Unfinished:
+    from ebbtide.lab.memory import Unfinished
+
+    memory = Unfinished.of_report(out, **identity)
+    if memory.folder.exists():
+        typer.echo(f"goes on with what {memory.folder} holds", err=True)
+    return memory
+
+
+def _resumption(memory: Unfinished) -> str:
+    if not memory.folder.exists():
+        return "no run had come to its end"
+    return f"the runs that ended are kept in {memory.folder}, and the same command goes on"
 
 
 def _print_results(arms: Any, out: Path) -> None:
@@ -165,22 +185,26 @@ def _list_claims(chosen: Sequence[Claim], as_json: bool) -> None:
 
 def _claims(chosen: Sequence[Claim], out: Path, as_json: bool, *, quick: bool, seed: int) -> None:
     from ebbtide.lab.claims.bench import Effort
-    from ebbtide.lab.claims.report import COMMAND, summary, write_report
+    from ebbtide.lab.claims.report import COMMAND, summary, write_partly, write_report
     from ebbtide.lab.claims.run import Finding, run_claims
     from ebbtide.lab.folder import RESULTS, check_folder
     from ebbtide.lab.progress import Progress
 
     check_folder(out, COMMAND)
     effort, progress, findings = Effort(quick=quick, seed=seed), Progress(), list[Finding]()
+    identity = {"names": [claim.name for claim in chosen], "quick": quick, "seed": seed}
+    memory = _memory(out, {COMMAND: identity})
     try:
         with progress:
-            for finding in run_claims(chosen, effort, progress):
+            for finding in run_claims(chosen, effort, progress, memory):
                 findings.append(finding)
                 progress.note(f"{finding.claim.name}: {finding.verdict.value}")
             write_report(findings, effort, out)
     except KeyboardInterrupt:
-        kept = f"the earlier report in {out} is untouched" if out.exists() else "nothing is written"
-        _fail(f"interrupted after {len(findings)} of {len(chosen)} claims; {kept}", status=130)
+        done = f"interrupted after {len(findings)} of {len(chosen)} claims"
+        where = write_partly(findings, len(chosen), effort, out)
+        _fail(f"{done}; {where}; {_resumption(memory)}", status=130)
+    memory.forget()
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"), end="")
         return

@@ -14,14 +14,15 @@ The protocol, fixed before any number is seen:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbtide.lab.memory import FORGETFUL, Memory
 from ebbtide.lab.optimizers import OptimizerSpec, scaled_grid
 from ebbtide.lab.parallel import on_all_processors, stoppable
 from ebbtide.lab.statistics import Interval, bootstrap_mean, paired_difference
@@ -38,6 +39,17 @@ class Watcher(Protocol):
 
     def advance(self, units: int) -> None:
         """Count units done; called from several threads."""
+
+    def skip(self, units: int) -> None:
+        """Count units that need not be done, since an earlier command did them."""
+
+
+@runtime_checkable
+class KeepsCalls(Protocol):
+    """An arm with runs so long that each is worth keeping."""
+
+    def keeping(self, memory: Memory) -> Arm:
+        """Return the arm with each of its runs kept."""
 
 
 @dataclass(frozen=True)
@@ -170,26 +182,50 @@ class ArmResult:
         return paired_difference(self.reference.chosen.test[:, 0], other.chosen.test[:, 0])
 
 
-def run(experiment: Experiment, watcher: Watcher) -> tuple[ArmResult, ...]:
+_Train = Callable[[str, Arm, OptimizerSpec, Sequence[Cell], Sequence[int], int], Outcomes]
+"""Trains, or recalls: key, arm, optimizer, cells, seeds, points of the curves."""
+
+
+def run(
+    experiment: Experiment, watcher: Watcher, memory: Memory = FORGETFUL
+) -> tuple[ArmResult, ...]:
     """Carry out an experiment on all processors.
 
     Runs share nothing, so the numbers do not depend on how many there are.
+
+    Args:
+        experiment: What to do.
+        watcher: Told how far it has come.
+        memory: Of runs made before.
 
     Raises:
         InputError: Every cell of some optimizer's grid diverged.
         KeyboardInterrupt: Passed on once the training threads have stopped, which takes a moment.
     """
-    arms = experiment.task.arms
+    calls = memory.within("calls")
+    arms = tuple(
+        arm.keeping(calls) if isinstance(arm, KeepsCalls) else arm for arm in experiment.task.arms
+    )
     pairs = [(arm, spec) for arm in arms for spec in experiment.specs]
     watcher.start(experiment.task.title, experiment.total_steps())
     stop = Event()
-    tick = stoppable(watcher.advance, stop)
+    tick, skip = stoppable(watcher.advance, stop), stoppable(watcher.skip, stop)
+
+    def train(
+        key: str, arm: Arm, spec: OptimizerSpec, cells: Sequence[Cell], seeds: Sequence[int],
+        curve_points: int,
+    ) -> Outcomes:  # fmt: skip
+        return memory.outcomes(
+            f"{key}/{arm.name}/{spec.name}",
+            lambda: arm.train(spec, cells, seeds, curve_points=curve_points, tick=tick),
+            lambda: skip(len(cells) * len(seeds) * arm.steps),
+        )
 
     def search(arm: Arm, spec: OptimizerSpec, seed: int) -> NDArray[np.float64]:
-        return _search(experiment, arm, spec, seed, tick)
+        return _search(experiment, arm, spec, seed, train, tick)
 
     def measure(arm: Arm, spec: OptimizerSpec, grid: Grid) -> OptimizerResult:
-        return _measure(experiment, arm, spec, grid, tick)
+        return _measure(experiment, arm, spec, grid, train)
 
     jobs = [(arm, spec, seed) for arm, spec in pairs for seed in experiment.selection_seeds]
     searched = on_all_processors(search, jobs, stop)
@@ -208,7 +244,7 @@ def run(experiment: Experiment, watcher: Watcher) -> tuple[ArmResult, ...]:
 
 
 def _search(
-    experiment: Experiment, arm: Arm, spec: OptimizerSpec, seed: int, tick: Tick
+    experiment: Experiment, arm: Arm, spec: OptimizerSpec, seed: int, train: _Train, tick: Tick
 ) -> NDArray[np.float64]:
     """Train the grid under one seed; returns the validation metric (L, W), NaN where it diverged.
 
@@ -220,7 +256,7 @@ def _search(
     validation = np.full(len(cells), np.nan)
     if possible.any():
         chosen = [cell for cell, can_run in zip(cells, possible, strict=True) if can_run]
-        outcomes = arm.train(spec, chosen, [seed], curve_points=1, tick=tick)
+        outcomes = train(f"search/{seed}", arm, spec, chosen, [seed], 1)
         validation[possible] = np.where(outcomes.diverged, np.nan, outcomes.validation)[0]
     tick(int((~possible).sum()) * arm.steps)
     return validation.reshape(len(lrs), len(weight_decays))
@@ -237,15 +273,14 @@ def _grid(
 
 
 def _measure(
-    experiment: Experiment, arm: Arm, spec: OptimizerSpec, grid: Grid, tick: Tick
+    experiment: Experiment, arm: Arm, spec: OptimizerSpec, grid: Grid, train: _Train
 ) -> OptimizerResult:
     """Train the chosen cells under the test seeds."""
     cells = [grid.cell(grid.best)]
     if grid.weight_decays[0] == 0:
         cells.append(grid.cell((_best_undecayed(arm, grid), 0)))
-    outcomes = arm.train(
-        spec, cells, experiment.test_seeds, curve_points=experiment.curve_points, tick=tick
-    )
+    seeds = experiment.test_seeds
+    outcomes = train("measure", arm, spec, cells, seeds, experiment.curve_points)
     chosen, *rest = (_column(outcomes, i) for i in range(len(cells)))
     return OptimizerResult(spec, grid, chosen, rest[0] if rest else None)
 

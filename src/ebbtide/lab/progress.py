@@ -32,8 +32,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self.title = ""
-        self.total = 0
-        self.done = 0
+        self.total = self.done = self._skipped = 0
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +55,8 @@ class Progress:
 
     def start(self, title: str, total: int) -> None:
         """Announce work of `total` units, of whatever kind."""
-        self.title, self.total, self.done = title, total, 0
+        self.title, self.total = title, total
+        self.done = self._skipped = 0
         self._began = self._last_line = time.monotonic()
         if sys.stderr.isatty():
             self._bar = _rich_bar()
@@ -73,9 +73,16 @@ class Progress:
                 self._bar.advance(self._task, units)
             elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
-                gone = self._seconds()
-                left = gone * (1 / self.share - 1)
-                self._say(f"{self.share:.0%} after {gone:.0f} s, about {left:.0f} s left")
+                self._say(f"{self.share:.0%} after {self._seconds():.0f} s, {self._left()}")
+
+    def skip(self, units: int) -> None:
+        """Count units that need not be done, and say nothing of how fast the others go."""
+        with self._lock:
+            self.done += units
+            self._skipped += units
+            if self._bar is not None:
+                here, total = self.done - self._skipped, self.total - self._skipped
+                self._bar.update(self._task, completed=here, total=total)
 
     def note(self, text: str) -> None:
         """Show a line of text; it stays when the bar goes."""
@@ -84,6 +91,12 @@ class Progress:
                 self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
             else:
                 self._say(text)
+
+    def _left(self) -> str:
+        done_here = self.done - self._skipped
+        if done_here <= 0:
+            return "time left unknown"
+        return f"about {self._seconds() * (self.total - self.done) / done_here:.0f} s left"
 
     def _seconds(self) -> float:
         return time.monotonic() - self._began

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.lab.errors import InputError, Stopped
+from ebbtide.lab.memory import FORGETFUL, Arrays, Memory
 from ebbtide.lab.optimizers import OptimizerSpec
 from ebbtide.lab.sweep.process import Ending, Order, run_cell
 from ebbtide.lab.sweep.target import Target
@@ -32,6 +33,7 @@ class FunctionArm:
         target: The function.
         number: Which of its numbers chooses the settings; None for `loss`, or the only one.
         metric: What that is.
+        memory: Of calls made before.
     """
 
     target: Target
@@ -40,6 +42,7 @@ class FunctionArm:
     name: str = "function"
     loss_name: str = "reported value"
     steps: int = 1
+    memory: Memory = FORGETFUL
 
     @property
     def title(self) -> str:
@@ -54,6 +57,10 @@ class FunctionArm:
             f"reported is its {_TEST!r} under others, or the same number where it returns none."
         )
 
+    def keeping(self, memory: Memory) -> FunctionArm:
+        """Return the arm with each of its calls kept, since one may take long."""
+        return replace(self, memory=memory)
+
     def train(
         self,
         spec: OptimizerSpec,
@@ -64,31 +71,38 @@ class FunctionArm:
         tick: Tick,
     ) -> Outcomes:
         """Call the function for every cell and seed, each in a process of its own."""
-        endings = []
+        calls = []
         for seed in seeds:
             for cell in cells:
-                settings = {
-                    "optimizer": spec.name,
-                    "lr": cell.lr,
-                    "weight_decay": cell.weight_decay,
-                    "seed": seed,
-                }
-                order = Order(self.target, settings, metric=self.number, threads=1)
-                ending = run_cell(order, stopped=lambda: _is_over(tick))
-                _check(ending, self.target, settings)
-                endings.append(ending)
+                calls.append(self._call(spec.name, cell, seed, tick))
                 tick(1)
         shape = (len(seeds), len(cells))
         validation, test = (
-            np.array([_number(ending, which) for ending in endings]).reshape(shape)
-            for which in (None, _TEST)
+            np.array([call[which] for call in calls]).reshape(shape)
+            for which in ("validation", "test")
         )
         diverged = ~np.isfinite(validation + test)
         validation, test = (np.where(diverged, np.nan, each) for each in (validation, test))
-        steps, reported = _curves(endings) if curve_points > 1 else _curves([])
+        steps, reported = _curves(calls) if curve_points > 1 else _curves([])
         curves = reported.reshape(*shape, len(steps))
         unknown = np.full_like(curves, np.nan)
         return Outcomes(validation, test, diverged, steps, unknown, curves, "reported value")
+
+    def _call(self, optimizer: str, cell: Cell, seed: int, tick: Tick) -> Arrays:
+        settings = {
+            "optimizer": optimizer,
+            "lr": cell.lr,
+            "weight_decay": cell.weight_decay,
+            "seed": seed,
+        }
+        order = Order(self.target, settings, metric=self.number, threads=1)
+
+        def make() -> Arrays:
+            ending = run_cell(order, stopped=lambda: _is_over(tick))
+            _check(ending, self.target, settings)
+            return _kept(ending)
+
+        return self.memory.arrays(repr(settings), make, lambda: None)
 
 
 def _is_over(tick: Tick) -> bool:
@@ -114,17 +128,22 @@ def _check(ending: Ending, target: Target, settings: dict[str, Any]) -> None:
     )
 
 
-def _number(ending: Ending, name: str | None) -> float:
-    """Return the number that counts, or another one where there is one of that name."""
-    if ending.kind != "result":
-        return math.nan
-    value = ending.message["value"]
-    return float(ending.message["numbers"].get(name, value))
+def _kept(ending: Ending) -> Arrays:
+    """Return what is needed of a call: the number that counts, that for the test, the curve."""
+    points = ending.curve.points()
+    value = ending.message["value"] if ending.kind == "result" else math.nan
+    numbers = ending.message.get("numbers", {})
+    return {
+        "validation": np.array(value, np.float64),
+        "test": np.array(numbers.get(_TEST, value), np.float64),
+        "steps": np.array([step for step, _ in points], np.int64),
+        "values": np.array([value for _, value in points], np.float64),
+    }
 
 
-def _curves(endings: Sequence[Ending]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the steps at which all runs have reported, and the values there, a row a run."""
-    curves = [dict(ending.curve.points()) for ending in endings]
+def _curves(calls: Sequence[Arrays]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps at which all calls have reported, and the values there, a row a call."""
+    curves = [dict(zip(call["steps"], call["values"], strict=True)) for call in calls]
     shared = sorted(set.intersection(*map(set, curves))) if curves else []
     values = [[curve[step] for step in shared] for curve in curves]
     return np.array(shared, np.int64), np.array(values, np.float64)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.lab.digits import DigitsArm
-from ebbtide.lab.experiment import ArmResult, Experiment, run
+from ebbtide.lab.experiment import ArmResult, Experiment, Watcher, run
+from ebbtide.lab.memory import FORGETFUL, Memory
 from ebbtide.lab.optimizers import OPTIMIZERS, OptimizerSpec
 from ebbtide.lab.parallel import on_all_processors, stoppable
 from ebbtide.lab.tasks import Cell, Metric, Outcomes, Task, Tick
@@ -149,25 +150,34 @@ class Bench:
 
     Args:
         effort: How much to spend.
-        tick: Called with training steps done.
+        watcher: Told of training steps done.
+        memory: Of training runs made before.
     """
 
-    def __init__(self, effort: Effort, tick: Tick) -> None:
+    def __init__(self, effort: Effort, watcher: Watcher, memory: Memory = FORGETFUL) -> None:
         self.effort = effort
-        self.tick = tick
+        self.watcher = watcher
+        self.tick = watcher.advance
+        self.memory = memory
         self._results: dict[str, ArmResult] = {}
+        self._calls = 0
 
     def start(self, title: str, total: int) -> None:
         """Ignore the announcement of a part: the whole is announced elsewhere."""
 
     def advance(self, units: int) -> None:
         """Pass on the steps done."""
-        self.tick(units)
+        self.watcher.advance(units)
+
+    def skip(self, units: int) -> None:
+        """Pass on the steps that need not be done."""
+        self.watcher.skip(units)
 
     def compare(self, name: str) -> ArmResult:
         """Return a shared experiment, run at its first use."""
         if name not in self._results:
-            self._results[name] = run(SHARED[name].experiment(self.effort), self)[0]
+            experiment = SHARED[name].experiment(self.effort)
+            self._results[name] = run(experiment, self, self.memory.within(name))[0]
         return self._results[name]
 
     def digits(self, arm: DigitsArm) -> DigitsArm:
@@ -178,13 +188,21 @@ class Bench:
         self, jobs: Sequence[tuple[DigitsArm, OptimizerSpec, Sequence[Cell]]], curve_points: int = 1
     ) -> list[Outcomes]:
         """Train cells under the reporting seeds, the jobs side by side."""
+        seeds = self.effort.seeds
+        # The same command asks for the same things in the same order.
+        self._calls += 1
+        memory = self.memory.within(f"train-{self._calls}")
 
         def train(
-            tick: Tick, arm: DigitsArm, spec: OptimizerSpec, cells: Sequence[Cell]
+            tick: Tick, place: int, arm: DigitsArm, spec: OptimizerSpec, cells: Sequence[Cell]
         ) -> Outcomes:
-            return arm.train(spec, cells, self.effort.seeds, curve_points=curve_points, tick=tick)
+            return memory.outcomes(
+                str(place),
+                lambda: arm.train(spec, cells, seeds, curve_points=curve_points, tick=tick),
+                lambda: self.skip(len(cells) * len(seeds) * arm.steps),
+            )
 
-        return self.spread(train, jobs)
+        return self.spread(train, [(place, *job) for place, job in enumerate(jobs)])
 
     def spread(self, work: Callable[..., T], jobs: Iterable[tuple[object, ...]]) -> list[T]:
         """Return the results of `work(tick, *job)` in order, done on all processors."""

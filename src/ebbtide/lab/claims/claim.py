@@ -1,4 +1,4 @@
-"""What a claim is: words written before the experiment, a measurement, and a rule between them."""
+"""What a claim is: words that stand before the run, a measurement, and a rule between them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class Evidence:
 class Claim:
     """A claim about AdamW and the experiment that puts it to the test.
 
-    Everything but the verdict is written before the experiment runs.
+    Everything here but the verdict stands before the experiment runs; what was altered after
+    an earlier run had been seen is said in `revised`.
 
     Attributes:
         name: Short name, for `--only`.
@@ -119,6 +120,7 @@ class Claim:
         judge: The rule; reads nothing but the evidence.
         readings: For each verdict that the rule can give, the sentence it comes to, with the
             numbers by name in braces.
+        revised: What was changed after first numbers had been seen; empty if nothing was.
         needs: Shared experiments that it reads.
         steps: Training steps of its own, networks times steps, without quick and with.
     """
@@ -134,6 +136,7 @@ class Claim:
     measure: Callable[[Bench], Evidence] | None = None
     judge: Callable[[Evidence], Verdict] | None = None
     readings: Mapping[Verdict, str] = field(default_factory=dict)
+    revised: str = ""
     needs: Sequence[str] = ()
     steps: tuple[int, int] = (0, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from ebbtide.lab.claims.bench import Effort
 from ebbtide.lab.claims.claim import Number, Verdict
 from ebbtide.lab.claims.run import Finding
+from ebbtide.lab.errors import InputError
 from ebbtide.lab.export import to_bytes
-from ebbtide.lab.folder import RESULTS, replace_folder
+from ebbtide.lab.folder import RESULTS, check_folder, replace_folder
 from ebbtide.lab.report import Picture, Report, Section, Table, picture_files, render
 
-__all__ = ["COMMAND", "summary", "write_report"]
+__all__ = ["COMMAND", "summary", "write_partly", "write_report"]
 
 COMMAND = "claims"
 _CSV_COLUMNS = (
@@ -45,9 +47,48 @@ def summary(findings: Sequence[Finding]) -> str:
     return f"{'; '.join(parts)}. {expected} of {len(tested)} verdicts are as predicted."
 
 
-def write_report(findings: Sequence[Finding], effort: Effort, folder: Path) -> None:
-    """Write the report, its pictures and the numbers to a folder."""
-    report = _report(findings, effort)
+def write_partly(findings: Sequence[Finding], asked: int, effort: Effort, folder: Path) -> str:
+    """Report what an interrupted run has found; return in words where.
+
+    A complete earlier report is left alone: then the part goes beside it.
+
+    Args:
+        findings: What was found.
+        asked: How many claims were to be tested.
+        effort: How they were tested.
+        folder: The folder of the whole report.
+    """
+    if not findings:
+        return "nothing is written"
+    if _is_complete(folder):
+        folder = folder.with_name(f"{folder.name}-partly")
+    try:
+        check_folder(folder, COMMAND)
+        write_report(findings, effort, folder, asked=asked)
+    except InputError as error:
+        return str(error)
+    return f"a report of these is in {folder}"
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return not json.loads((folder / RESULTS).read_text(encoding="utf-8"))["partly"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.is_dir() and any(folder.iterdir())
+
+
+def write_report(
+    findings: Sequence[Finding], effort: Effort, folder: Path, *, asked: int | None = None
+) -> None:
+    """Write the report, its pictures and the numbers to a folder.
+
+    Args:
+        findings: What was found.
+        effort: How the claims were tested.
+        folder: Where to.
+        asked: How many claims were to be tested, where some were not.
+    """
+    report = _report(findings, effort, asked)
     files = {
         "report.html": render(report),
         "claims.csv": _csv(findings),
@@ -55,6 +96,7 @@ def write_report(findings: Sequence[Finding], effort: Effort, folder: Path) -> N
     }
     content = {
         "command": COMMAND,
+        "partly": asked is not None,
         "files": sorted([*files, RESULTS]),
         "quick": effort.quick,
         "seed": effort.seed,
@@ -63,7 +105,7 @@ def write_report(findings: Sequence[Finding], effort: Effort, folder: Path) -> N
     replace_folder(folder, {**files, RESULTS: to_bytes(content)})
 
 
-def _report(findings: Sequence[Finding], effort: Effort) -> Report:
+def _report(findings: Sequence[Finding], effort: Effort, asked: int | None) -> Report:
     from importlib.metadata import version
 
     overview = Table(
@@ -74,17 +116,18 @@ def _report(findings: Sequence[Finding], effort: Effort) -> Report:
     )
     return Report(
         title="What is said about AdamW, put to the test",
-        lead="Every claim has an experiment that could have gone the other way, a prediction and a "
-        "rule for the verdict, all written before the numbers were there. In square brackets: "
-        "95 % intervals.",
-        findings=[("Verdicts", summary(findings))],
+        lead="Every claim has an experiment that could have gone the other way, a prediction, and "
+        "a rule that makes the verdict from the numbers. In square brackets: 95 % intervals.",
+        findings=[("Verdicts", summary(findings)), *_incomplete(len(findings), asked)],
         sections=[
             Section("All claims", tables=[overview]),
             *(_section(finding) for finding in findings),
         ],
         method=[
             "The verdict is computed from the numbers by the rule given with each claim; nobody "
-            "decides afterwards.",
+            "decides afterwards. Predictions come from theory, from the literature and, for "
+            "training on digits, from smaller trials. Where the experiment or its rule was changed "
+            "after first numbers had been seen, the claim says what was.",
             f"Training runs: {effort.steps} steps; settings chosen on validation data over "
             f"{len(effort.selection_seeds)} seeds; reported on test data over {len(effort.seeds)} "
             "other seeds, paired. Intervals hold the truth in 95 of 100 cases: expanded "
@@ -100,6 +143,12 @@ def _report(findings: Sequence[Finding], effort: Effort) -> Report:
             "seed": str(effort.seed),
         },
     )
+
+
+def _incomplete(found: int, asked: int | None) -> list[tuple[str, str]]:
+    if asked is None:
+        return []
+    return [("Interrupted", f"Only {found} of {asked} claims had been tested by then.")]
 
 
 def _predicted(finding: Finding) -> str:
@@ -136,6 +185,7 @@ def _words(finding: Finding) -> Table:
             ("Experiment", claim.experiment),
             ("Prediction", f"{claim.prediction} Expected: {claim.expected.value}."),
             ("Rule", claim.rule),
+            *([("Changed", claim.revised)] if claim.revised else []),
         ]
     return Table(("", ""), [("Claim", claim.claim), ("Source", claim.source), *rows])
 
@@ -151,6 +201,7 @@ def _json(finding: Finding) -> dict[str, Any]:
         "prediction": claim.prediction,
         "expected": claim.expected.value,
         "rule": claim.rule,
+        "revised": claim.revised,
         "verdict": finding.verdict.value,
         "as_predicted": finding.as_predicted,
         "reading": finding.reading,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ebbtide.lab.claims.bench import SHARED, Bench, Effort
 from ebbtide.lab.claims.claim import Claim, Evidence, Verdict
 from ebbtide.lab.experiment import Watcher
+from ebbtide.lab.memory import FORGETFUL, Memory
 
 __all__ = ["Finding", "run_claims"]
 
@@ -37,9 +38,11 @@ class Finding:
         return self.verdict is self.claim.expected
 
 
-def run_claims(claims: Sequence[Claim], effort: Effort, watcher: Watcher) -> Iterator[Finding]:
+def run_claims(
+    claims: Sequence[Claim], effort: Effort, watcher: Watcher, memory: Memory = FORGETFUL
+) -> Iterator[Finding]:
     """Yield the findings one by one as they are made."""
-    bench = Bench(effort, watcher.advance)
+    bench = Bench(effort, watcher, memory)
     watcher.start("Claims", _total(claims, effort))
     for claim in claims:
         yield _finding(claim, bench)

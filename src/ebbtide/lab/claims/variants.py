@@ -108,6 +108,8 @@ RESTARTS = Claim(
         Verdict.NOT_CONFIRMED: "Where cycles end the difference is {first}, {second} and {third}, "
         "at the end {last}.",
     },
+    revised="The length of the cycles and the way λ is normalised were changed after first "
+    "numbers; prediction and rule were kept.",
     needs=("plain",),
     steps=(2 * 20 * 26 * 400, 2 * 5 * 26 * 100),
 )
