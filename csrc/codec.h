@@ -2,6 +2,7 @@
 // src/ebbtide/codecs is their definition. Nothing here has a name outside its object: each
 // instruction set has its own.
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -75,29 +76,44 @@ inline uint16_t float_to_f16(float x, uint32_t bits) {
 }
 inline uint32_t f16_nearest_bits(float x) { return 0xFFFu + ((to_bits(x) >> 13) & 1u); }
 
-// A float as a bfloat16 and a signed residual: high·2^16 + residual·2^(16 - bits) are its bits.
+// Where a number lies among the codes of float16, in steps of 2^-16 of a code, from the bits of its
+// magnitude: exact from 2^-14 up to the last number that rounds to a finite float16, where it
+// stops; to the nearest 2^-40 below.
+inline uint32_t f16_position(uint32_t magnitude) {
+  constexpr uint32_t kRebias = 112u << 23, kLast = 0x0F7FEFFFu;
+  if (magnitude >= kRebias + (1u << 23)) return std::min(magnitude - kRebias, kLast) << 3;
+  const uint32_t exponent = magnitude >> 23, significand = (magnitude & 0x7FFFFFu) | 0x800000u;
+  if (exponent >= 110) return significand << (exponent - 110);
+  const uint32_t shift = 110 - exponent;
+  return shift > 24 ? 0 : (significand + (1u << (shift - 1))) >> shift;
+}
+inline float f16_at(uint32_t position) {
+  if (position < 0x4000000u) return float(int32_t(position)) * 0x1p-40f;
+  return from_bits((position >> 3) + (112u << 23));
+}
+
+// A float as a code of 16 bits and a signed residual: high·2^16 + residual·2^(16 - bits) is where
+// it lies among the codes. For bfloat16 that is what its bits say.
 struct Split {
   uint16_t high;
   int16_t residual;
 };
-// `round` is added below the kept part; 0 for 16 bits, which lose nothing.
-template <int kBits>
-inline Split split(float x, uint32_t round) {
-  const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u;
-  uint32_t magnitude = u & 0x7FFFFFFFu;
-  if (magnitude >= 0x7F800000u) return {float_to_bf16(x, 0), 0};
-  if (kBits == 8) {
-    magnitude += round;
-    magnitude = (magnitude > 0x7F7FFFFFu ? 0x7F7FFFFFu : magnitude) & ~0xFFu;
-  }
-  const uint32_t high = (magnitude + 0x8000u) >> 16;
-  return {uint16_t(sign | high), int16_t(int32_t(magnitude - (high << 16)) >> (16 - kBits))};
+// `round` is added below the kept part; 0 for 16 bits.
+inline Split split(float x, int bits, bool half, uint32_t round) {
+  const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  if (magnitude >= 0x7F800000u) return {half ? float_to_f16(x, 0) : float_to_bf16(x, 0), 0};
+  uint32_t position = half ? f16_position(magnitude) : magnitude;
+  if (bits == 8) position = std::min(position + round, half ? 0x7BFF7FFFu : 0x7F7FFFFFu) & ~0xFFu;
+  const uint32_t high = (position + 0x8000u) >> 16;
+  return {uint16_t(sign | high), int16_t(int32_t(position - (high << 16)) >> (16 - bits))};
 }
-template <int kBits>
-inline float join(uint16_t high, int32_t residual) {
+inline float f16_join(uint16_t high, int32_t residual, int bits) {
+  const uint32_t code = high & 0x7FFFu;
+  if (code >= 0x7C00u) return f16_to_float(high);
   // A parameter set to zero from outside is zero, whatever residual it had.
-  if ((high & 0x7FFFu) == 0 && residual < 0) residual = 0;
-  return from_bits((uint32_t(high) << 16) + uint32_t(residual * (1 << (16 - kBits))));
+  if (code == 0 && residual < 0) residual = 0;
+  const float x = f16_at((code << 16) + uint32_t(residual * (1 << (16 - bits))));
+  return (high & 0x8000u) != 0 ? -x : x;
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ int64_t step_blocks(const Row& row, const StepScalars& scalars, int64_t begin, i
   int64_t untouched = 0;
   for (int64_t block = begin; block < end; ++block) {
     const Block b = locate(row, block);
-    char* at[kArrays];
+    char* at[kArrays] = {};
     if (b.n < kBlock) {
       staging.copy_in(arrays, b, at);
     } else {

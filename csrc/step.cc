@@ -120,6 +120,11 @@ int64_t update_any(const Row& row, const StepScalars& scalars, int64_t begin, in
       return std::tuple(param_at(at), any(at[1], row.grad, false), state);
     });
   };
+  if (row.residual_bits != 0 && row.param.format == Format::kF16) {
+    return with_param([&](char* const* at) {
+      return HalfSplitStream{reinterpret_cast<uint16_t*>(at[0]), at[2], row.residual_bits};
+    });
+  }
   if (row.residual_bits == 8) return with_param(split_at<8>);
   if (row.residual_bits == 16) return with_param(split_at<16>);
   return with_param([&](char* const* at) { return any(at[0], row.param, row.stochastic); });

@@ -29,7 +29,6 @@ EBBTIDE_INLINE void put_bf16(uint16_t* at, Lanes x, UintLanes round) {
 EBBTIDE_INLINE UintLanes nearest_bf16(Lanes x) { return 0x7FFFu + ((to_bits(x) >> 16) & 1u); }
 
 struct FloatStream {
-  static constexpr int kBytes = 4;
   float* at;
   EBBTIDE_INLINE Lanes get(int j) const { return load<Lanes>(at + j); }
   EBBTIDE_INLINE void put(int j, Lanes x, UintLanes) const { store(at + j, x); }
@@ -37,7 +36,6 @@ struct FloatStream {
 
 template <bool kStochastic>
 struct BFloatStream {
-  static constexpr int kBytes = 2;
   uint16_t* at;
   EBBTIDE_INLINE Lanes get(int j) const { return get_bf16(at + j); }
   EBBTIDE_INLINE void put(int j, Lanes x, UintLanes word) const {
@@ -49,7 +47,6 @@ struct BFloatStream {
 template <int kBits>
 struct SplitStream {
   using Residual = std::conditional_t<kBits == 8, int8_t, int16_t>;
-  static constexpr int kBytes = 2;
   uint16_t* at;
   Residual* residual;
 
@@ -63,7 +60,7 @@ struct SplitStream {
     UintLanes u = to_bits(x);
     if (any((UintLanes)((u & 0x7FFFFFFFu) >= 0x7F7F0000u))) [[unlikely]] {
       for (int i = 0; i < kLanes; ++i) {
-        const Split parts = split<kBits>(x[i], word[i] >> 24);
+        const Split parts = split(x[i], kBits, false, word[i] >> 24);
         at[j + i] = parts.high;
         residual[j + i] = Residual(parts.residual);
       }
@@ -75,9 +72,36 @@ struct SplitStream {
   }
 };
 
+// A float16 parameter and the bits it cannot hold, one by one: it is rare.
+struct HalfSplitStream {
+  uint16_t* at;
+  void* residual;
+  int bits;
+
+  Lanes get(int j) const {
+    Lanes x;
+    for (int i = 0; i < kLanes; ++i) {
+      const int32_t low = bits == 8 ? static_cast<int8_t*>(residual)[j + i]
+                                    : static_cast<int16_t*>(residual)[j + i];
+      x[i] = f16_join(at[j + i], low, bits);
+    }
+    return x;
+  }
+  void put(int j, Lanes x, UintLanes word) const {
+    for (int i = 0; i < kLanes; ++i) {
+      const Split parts = split(x[i], bits, true, word[i] >> 24);
+      at[j + i] = parts.high;
+      if (bits == 8) {
+        static_cast<int8_t*>(residual)[j + i] = int8_t(parts.residual);
+      } else {
+        static_cast<int16_t*>(residual)[j + i] = parts.residual;
+      }
+    }
+  }
+};
+
 // Any format of 16 or 32 bits, decided at run time: for what is rare.
 struct AnyStream {
-  static constexpr int kBytes = 4;  // at most
   void* data;
   Format format;
   bool stochastic;

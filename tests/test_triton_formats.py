@@ -62,6 +62,7 @@ class Arrays:
         n, run = spec.numel, spec.run_length or spec.numel
         blocks = n // run * -(-(spec.lead + run) // 128)
         values = torch.randn(n, generator=generator)
+        values[n // 2 :] *= 10.0 ** torch.randint(-9, 0, (n - n // 2,), generator=generator)
         self.param = values.to(DTYPES[spec.param]).to(device)
         self.grad = zeros(n, DTYPES[spec.param])
         self.state = [zeros(n, DTYPES[each]) for each in spec.state]
@@ -141,6 +142,8 @@ SPECS = [
     [Spec(1030, Format.BFLOAT16, residual_bits=8)],
     [Spec(1030, Format.BFLOAT16, residual_bits=16)],
     [Spec(300, Format.FLOAT16)],
+    [Spec(1030, Format.FLOAT16, residual_bits=8)],
+    [Spec(300, Format.FLOAT16, (Format.FLOAT32,) * 2, residual_bits=16)],
     [Spec(300, Format.BFLOAT16, (Format.FLOAT32,) * 2, residual_bits=8)],
     [Spec(300, Format.BFLOAT16, (Format.BFLOAT16,) * 2, residual_bits=16)],
     [Spec(300, state=(Format.BFLOAT16,) * 2)],

@@ -147,6 +147,17 @@ class Plan:
             if row is not None:
                 yield index, group, row
 
+    def check_formats(self) -> None:
+        """Refuse rows whose formats no kernel takes together.
+
+        Raises:
+            ValueError: The parameter is named, and what does not go with what.
+        """
+        for _, _, row in self.rows():
+            problem = _format_problem(row, self.rule)
+            if problem:
+                raise ValueError(f"parameter {row.name!r}: {problem}")
+
     def check_overlap(self) -> None:
         """Refuse rows that would write the same memory twice.
 
@@ -186,6 +197,28 @@ class Backend(Protocol):
     def sum_squares(self, plan: Plan) -> float:
         """Return the sum of squares of all gradients, in float64."""
         ...
+
+
+def _format_problem(row: Row, rule: Rule) -> str:
+    formats = {row.param.format, row.grad.format, *(each.format for each in row.state)}
+    if row.residual_bits:
+        if row.param.format not in (Format.BFLOAT16, Format.FLOAT16):
+            return f"a residual completes numbers of 16 bits, not {row.param.format.name.lower()}"
+        if row.residual_bits not in (8, 16) or not (row.residual or row.numel == 0):
+            return "a residual has 8 or 16 bits and an address"
+    if len(formats) == 1:
+        return ""
+    if Format.FLOAT64 in formats:
+        return "float64 goes with a gradient and state of float64 only"
+    eight = {Format.SIGNED8, Format.WINDOW8} & formats
+    if not eight:
+        return ""
+    usual = (Format.SIGNED8, *([Format.WINDOW8] * max(len(row.state) - 1, 1)))
+    if rule.name != "adam" or tuple(each.format for each in row.state) != usual:
+        return "state of 8 bits is for both moments of Adam, not for part of them or for SGD"
+    if row.numel and not all(each.scale for each in row.state):
+        return "state of 8 bits needs its scales"
+    return ""
 
 
 def salt_of(name: str) -> int:

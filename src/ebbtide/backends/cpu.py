@@ -107,6 +107,7 @@ class CompiledBackend:
 
     def load(self, plan: Plan) -> list[tuple[int, int]]:
         """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
+        plan.check_formats()
         table = _core.Table(_RULES[plan.rule.name], self._exchange_api)
         for param, group, row, state in plan.entries:
             # NumPy arrays cannot be hashed: their state is kept under their names.

@@ -55,19 +55,22 @@ class _Array:
 
 
 class _Split:
-    """A bfloat16 parameter with the bits that it cannot hold."""
+    """A parameter of 16 bits with those that it cannot hold."""
 
     def __init__(self, row: Row) -> None:
         self._bits = row.residual_bits
+        self._float16 = row.param.format is Format.FLOAT16
         low = ctypes.c_int8 if row.residual_bits == 8 else ctypes.c_int16
         self._high: Any = (ctypes.c_uint16 * row.numel).from_address(row.param.address)
         self._low: Any = (low * row.numel).from_address(row.residual)
 
     def __getitem__(self, index: int) -> float:
-        return codecs.join(int(self._high[index]), int(self._low[index]), self._bits)
+        high, low = int(self._high[index]), int(self._low[index])
+        return codecs.join(high, low, self._bits, float16=self._float16)
 
     def put(self, index: int, value: float, word: int) -> None:
-        self._high[index], self._low[index] = codecs.split(value, self._bits, word >> 24)
+        parts = codecs.split(value, self._bits, word >> 24, float16=self._float16)
+        self._high[index], self._low[index] = parts
 
 
 class _Moments8:
@@ -136,6 +139,7 @@ class PureBackend:
 
     def load(self, plan: Plan) -> list[tuple[int, int]]:
         """Return the (group, step) pairs that the plan needs scalars for."""
+        plan.check_formats()
         return list(dict.fromkeys((group, _next_step(row)) for _, group, row in plan.rows()))
 
     def forget(self) -> None:

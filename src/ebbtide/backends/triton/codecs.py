@@ -107,29 +107,62 @@ def close(
 
 
 @triton.jit
-def joined(high: tl.tensor, low: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Return the numbers that bfloat16 codes and residuals of BITS bits stand for."""
+def joined(high: tl.tensor, low: tl.tensor, FORMAT: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
+    """Return the numbers that codes of 16 bits and residuals of BITS bits stand for."""
     low = low.to(tl.int32)
-    low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low)
-    bits = (high.to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low * (1 << (16 - BITS))
-    return flushed(bits.to(tl.float32, bitcast=True))
+    low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low) * (1 << (16 - BITS))
+    if FORMAT == _FLOAT16:
+        position = ((high & 0x7FFF).to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low
+        small = position.to(tl.float32) * 9.094947017729282e-13  # 2^-40
+        normal = ((position >> 3) + (112 << 23)).to(tl.float32, bitcast=True)
+        magnitude = tl.where(position < 0x4000000, small, normal).to(tl.uint32, bitcast=True)
+        sign = (high & 0x8000).to(tl.uint32) << 16
+        number = (magnitude | sign).to(tl.float32, bitcast=True)
+        number = tl.where((high & 0x7FFF) < 0x7C00, number, opened(high, FORMAT))
+    else:
+        bits = (high.to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low
+        number = bits.to(tl.float32, bitcast=True)
+    return flushed(number)
 
 
 @triton.jit
-def split(number: tl.tensor, bits: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Return bfloat16 codes and the residuals of BITS bits that complete them."""
+def split(
+    number: tl.tensor, bits: tl.tensor, FORMAT: tl.constexpr, BITS: tl.constexpr
+) -> tl.tensor:
+    """Return codes of 16 bits and the residuals of BITS bits that complete them."""
     number = flushed(number)
     u = number.to(tl.uint32, bitcast=True)
     sign = (u >> 16) & 0x8000
     magnitude = u & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
-    magnitude = tl.where(finite, magnitude, 0)
+    position = tl.where(finite, magnitude, 0)
+    last: tl.constexpr = 0x7BFF7FFF if FORMAT == _FLOAT16 else 0x7F7FFFFF
+    if FORMAT == _FLOAT16:
+        position = _float16_position(position)
     if BITS == 8:
-        magnitude = tl.minimum(magnitude + (bits >> 24), 0x7F7FFFFF) & 0xFFFFFF00
-    high = (magnitude + 0x8000) >> 16
-    low = (magnitude.to(tl.int32) - (high << 16).to(tl.int32)) >> (16 - BITS)
-    codes = tl.where(finite, (sign | high).to(tl.uint16), _to_bfloat16(number, bits, False))
+        position = tl.minimum(position + (bits >> 24), last) & 0xFFFFFF00
+    high = (position + 0x8000) >> 16
+    low = (position.to(tl.int32) - (high << 16).to(tl.int32)) >> (16 - BITS)
+    if FORMAT == _FLOAT16:
+        special = _to_float16(number, bits, False)
+    else:
+        special = _to_bfloat16(number, bits, False)
+    codes = tl.where(finite, (sign | high).to(tl.uint16), special)
     return codes, low.to(tl.int8) if BITS == 8 else low.to(tl.int16)
+
+
+@triton.jit
+def _float16_position(magnitude: tl.tensor) -> tl.tensor:
+    """Return where numbers lie among the codes of float16, from the bits of their magnitudes."""
+    exponent = magnitude >> 23
+    significand = (magnitude & 0x7FFFFF) | 0x800000
+    down = tl.minimum(tl.maximum(exponent, 85), 109)
+    small = (significand + (1 << (109 - down)).to(tl.uint32)) >> (110 - down)
+    up = tl.minimum(tl.maximum(exponent, 110), 112)
+    small = tl.where(exponent < 110, small, significand << (up - 110))
+    small = tl.where(exponent < 85, 0, small)
+    normal = tl.minimum(tl.maximum(magnitude, 113 << 23) - (112 << 23), 0x0F7FEFFF) << 3
+    return tl.where(magnitude < (113 << 23), small, normal)
 
 
 @triton.jit

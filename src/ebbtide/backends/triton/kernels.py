@@ -211,7 +211,7 @@ def _open_param(
         param = opened(codes, PARAM)
     else:
         low = take(residual_pointer(tl.load(row + ROW_RESIDUAL), RESIDUAL, FAST), at, inside, FAST)
-        param = joined(codes, low, RESIDUAL)
+        param = joined(codes, low, PARAM, RESIDUAL)
     return param
 
 
@@ -231,7 +231,7 @@ def _close_param(
     if RESIDUAL == 0:
         put(to, at, close(param, bits, PARAM, STOCHASTIC), inside, FAST)
     else:
-        codes, low = split(param, bits, RESIDUAL)
+        codes, low = split(param, bits, PARAM, RESIDUAL)
         put(to, at, codes, inside, FAST)
         to_low = residual_pointer(tl.load(row + ROW_RESIDUAL), RESIDUAL, FAST)
         put(to_low, at, low, inside, FAST)
