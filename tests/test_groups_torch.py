@@ -361,7 +361,7 @@ def test_the_table_shows_low_bit_state() -> None:
         "0.weight": "float32", "1.weight": "8bit", "1.bias": "float32", "2.weight": "8bit",
         "2.bias": "float32",
     }  # fmt: skip
-    assert rows["2.weight"].state_bytes == 2 * (100 * 100 + 100 * 4) + 4
+    assert rows["2.weight"].state_bytes == 2 * 100 * 100 + 100 * (4 + 2) + 4
 
 
 def test_layer_decay_reaches_the_groups_from_the_bottom_up() -> None:

@@ -77,4 +77,4 @@ def test_shards_by_rows_take_the_bytes_of_the_whole(rows: int, columns: int, par
     shards = [(b - a) * columns for a, b in itertools.pairwise(cuts)]
     for state_format in ("float32", "bfloat16", "8bit"):
         whole = state_bytes((rows, columns), state_format)
-        assert sum(state_bytes((rows, columns), state_format, n) for n in shards) == whole
+        assert sum(state_bytes((rows, columns), state_format, 2, n) for n in shards) == whole

@@ -12,6 +12,7 @@ from numbers import Real
 from operator import itemgetter
 from typing import Any
 
+from ebbtide.codecs import MASTER_FORMATS, STATE_FORMATS
 from ebbtide.rules import Rule, Scalars
 from ebbtide.weight_decay import DECAY_POLICIES, decay_share, l2_coefficient
 
@@ -35,6 +36,8 @@ OURS: dict[str, Any] = {
     "base_lr": None,
     "bias_correction": True,
     "seed": 0,
+    "state_format": None,
+    "master_format": None,
 }
 _TORCH = ("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused")
 _ADAM = ("betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay")
@@ -51,11 +54,17 @@ _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "base_lr")
 # Written by schedulers, or kept beside the groups.
 _FOREIGN = (
     "params", "param_names", "name", "names", "initial_lr", "initial_weight_decay",
-    "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "state_format", "master_format",
+    "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
 )  # fmt: skip
 
 # Other libraries' words.
-_SYNONYMS = {"learning_rate": "lr", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "beta1": "betas",
+    "beta2": "betas",
+}
 
 
 def known_keys(rule: Rule) -> tuple[str, ...]:
@@ -113,6 +122,7 @@ def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> No
             f"Invalid decay_policy: {policy!r}; one of {', '.join(DECAY_POLICIES)}{where}"
         )
     _check_flags(group, where)
+    _check_formats(rule, group, where)
 
 
 def validate_options(nonfinite: object, clip_grad_norm: object) -> None:
@@ -321,6 +331,17 @@ def _check_flags(group: Mapping[str, Any], where: str) -> None:
     for key in _SWITCHES:
         if isinstance(group.get(key), str):  # "false" would be true
             raise TypeError(f"Invalid {key}: {group[key]!r} is a str, not a bool{where}")
+
+
+def _check_formats(rule: Rule, group: Mapping[str, Any], where: str) -> None:
+    for key, known in (("state_format", STATE_FORMATS), ("master_format", MASTER_FORMATS)):
+        if group.get(key) not in (None, *known):
+            raise ValueError(f"Invalid {key}: {group[key]!r}; one of {', '.join(known)}{where}")
+    if rule.name == "sgd" and group.get("state_format") == "8bit":
+        raise ValueError(
+            "state_format='8bit' is for the two moments of Adam: momentum of SGD loses small "
+            f"updates in eight bits; pass 'bfloat16' or 'float32'{where}"
+        )
 
 
 def _check_spelling(rule: Rule, group: Mapping[str, Any], where: str) -> None:

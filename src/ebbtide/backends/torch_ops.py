@@ -39,6 +39,7 @@ class TensorRow:
         capturable: The step may be part of a graph: nothing may wait for the device.
         salt: Of the parameter's name, for the random bits.
         offset: Index of the first element in the whole parameter, where this is a shard of it.
+        stochastic: Round a 16-bit parameter stochastically, not to nearest.
     """
 
     entry: int
@@ -53,6 +54,7 @@ class TensorRow:
     capturable: bool = False
     salt: int = 0
     offset: int = 0
+    stochastic: bool = True
 
     @property
     def counts_on_device(self) -> bool:
@@ -266,7 +268,8 @@ def _write(row: TensorRow, stored: list[Tensor], new: list[Tensor], s: Scalars) 
             value = value.to(target.real.dtype)
         elif target.dtype in _LOW_PRECISION:
             # The first moment is rounded to nearest; moments of squares would stall that way.
-            bits = None if index == 1 else _element_bits(row, s, value, state=index > 0)
+            nearest = index == 1 or (index == 0 and not row.stochastic)
+            bits = None if nearest else _element_bits(row, s, value, state=index > 0)
             value = _rounded(value.float(), target.dtype, bits)
         if target.is_complex():
             value = torch.view_as_complex(value)

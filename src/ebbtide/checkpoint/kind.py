@@ -46,10 +46,12 @@ def kind_of(state_dict: Mapping[str, Any]) -> str | None:
     for telltale in (*keys, *sorted(group_keys)):
         if telltale in _TELLTALE:
             return _TELLTALE[telltale]
+    if "decoupled_weight_decay" in group_keys and "amsgrad" not in group_keys:
+        return "RAdam"  # whose state has Adam's keys
     if "exp_avg" in keys:
         lonely = "exp_avg_sq" not in keys and "eps" not in group_keys
         return "Lion or Muon" if lonely else "Adam"
-    if "exp_avg_sq" in keys:
+    if "exp_avg_sq" in keys or "exp_avg_codes" in keys:
         return "Adam"
     if "momentum_buffer" in keys:
         return "Muon" if "ns_steps" in group_keys else "SGD"
@@ -68,7 +70,7 @@ def lacking(rule: Rule, group: Mapping[str, Any], saved: Iterable[str]) -> Seque
         group: Hyperparameters it will read it with.
         saved: Keys with a value.
     """
-    saved = set(saved)
+    saved = {key.removesuffix("_codes") for key in saved}
     needed = [key for key in rule.state_keys(group) if key.startswith("exp_avg")]
     if rule.counts_steps:
         needed.insert(0, "step")

@@ -245,7 +245,7 @@ def _shape_of(values: Any) -> tuple[int, ...] | None:
     """Return the shape of the first state array that is shaped like its parameter."""
     if not isinstance(values, Mapping):
         return None
-    for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq"):
+    for key in ("exp_avg", "exp_avg_codes", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq"):
         shape = getattr(values.get(key), "shape", None)
         if shape is not None:
             return tuple(shape)

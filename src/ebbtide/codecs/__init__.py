@@ -25,6 +25,8 @@ from ebbtide.codecs.moments import (
 from ebbtide.codecs.split import join, split
 
 __all__ = [
+    "MASTER_FORMATS",
+    "STATE_FORMATS",
     "EncodedMoments",
     "bfloat16_decode",
     "bfloat16_encode",
@@ -42,3 +44,7 @@ __all__ = [
     "split",
     "window_of",
 ]
+
+# In which a user asks for moments to be kept, and for what a 16-bit parameter cannot hold.
+STATE_FORMATS = ("float32", "bfloat16", "8bit")
+MASTER_FORMATS = ("none", "stochastic", "24bit", "32bit")

@@ -181,4 +181,4 @@ def _f32(x: float) -> float:
         rounded = float(struct.unpack("<f", struct.pack("<f", x))[0])
     except OverflowError:
         return math.copysign(math.inf, x)
-    return rounded if abs(rounded) >= 2.0**-126 else math.copysign(0.0, x)
+    return math.copysign(0.0, x) if abs(rounded) < 2.0**-126 else rounded  # NaN stays

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ebbtide.codecs import MASTER_FORMATS, STATE_FORMATS
 from ebbtide.groups.kinds import is_embedding
 from ebbtide.groups.records import ParamInfo
 
@@ -23,11 +24,10 @@ __all__ = [
     "state_format_for",
 ]
 
-STATE_FORMATS = ("float32", "bfloat16", "8bit")
-MASTER_FORMATS = ("none", "stochastic", "24bit", "32bit")
-
 # Low-bit state of fewer elements saves nothing worth its error.
 SMALL_NUMEL = 4096
+# Each index of the first dimension has scales of its own; shorter ones save too little.
+_SHORTEST_RUN = 16
 
 ELEMENT_BYTES: Mapping[str, int] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "complex32": 4, "complex64": 8,
@@ -35,7 +35,7 @@ ELEMENT_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 _BLOCK = 128
-_SCALE_BYTES = 4  # beside each block of 8-bit codes
+_SCALE_BYTES = (4, 2, 2)  # beside each block of 8-bit codes: first moment, second, its maximum
 _RESIDUAL_BYTES: Mapping[str, int] = {"none": 0, "stochastic": 0, "24bit": 1, "32bit": 2}
 _LOW_PRECISION = ("bfloat16", "float16")
 
@@ -51,9 +51,10 @@ def state_format_for(
     """Return the format in which the moments of a parameter are kept.
 
     Small parameters, those below two dimensions and embeddings stay in float32 where `bfloat16` or
-    `8bit` is requested. Without a request, float32 parameters have float32 state and bfloat16 and
-    float16 parameters bfloat16 state, as many bytes as in torch. Parameters of
-    other types keep state of their own type.
+    `8bit` is requested, and those with fewer than 16 elements for each index of the first
+    dimension where `8bit` is. Without a request, float32 parameters have float32 state and
+    bfloat16 and float16 parameters bfloat16 state, as many bytes as in torch. Parameters of other
+    types keep state of their own type.
 
     Args:
         shape: Of the whole parameter, never of a shard.
@@ -77,7 +78,10 @@ def state_format_for(
     if requested is None:
         return "bfloat16" if dtype in _LOW_PRECISION else "float32"
     exempt = (
-        len(shape) < 2 or math.prod(shape) < SMALL_NUMEL or (embedding and not low_bit_embeddings)
+        len(shape) < 2
+        or math.prod(shape) < SMALL_NUMEL
+        or (embedding and not low_bit_embeddings)
+        or (requested == "8bit" and math.prod(shape[1:]) < _SHORTEST_RUN)
     )
     return "float32" if exempt else requested
 
@@ -101,8 +105,10 @@ def master_format_for(dtype: str, requested: str | None = None) -> str:
     return "stochastic" if requested is None else requested
 
 
-def state_bytes(shape: Sequence[int], state_format: str, local_numel: int | None = None) -> int:
-    """Return the bytes of one moment of a parameter.
+def state_bytes(
+    shape: Sequence[int], state_format: str, moments: int = 2, local_numel: int | None = None
+) -> int:
+    """Return the bytes of the moments of a parameter.
 
     Eight-bit codes have a scale for each block of 128 elements, and a block ends with its index of
     the first dimension.
@@ -110,19 +116,20 @@ def state_bytes(shape: Sequence[int], state_format: str, local_numel: int | None
     Args:
         shape: Of the whole parameter.
         state_format: From `state_format_for`.
+        moments: How many there are.
         local_numel: Elements that this process holds; all of them by default.
 
     Example:
         >>> state_bytes((1024, 1024), "float32"), state_bytes((1024, 1024), "8bit")
-        (4194304, 1081344)
+        (8388608, 2146304)
     """
     whole = math.prod(shape)
     held = whole if local_numel is None else local_numel
     if state_format != "8bit" or not whole:
-        return held * ELEMENT_BYTES[state_format]
+        return moments * held * ELEMENT_BYTES[state_format]
     run = whole // shape[0]
     blocks = math.ceil(held / run) * math.ceil(run / _BLOCK)
-    return held + blocks * _SCALE_BYTES
+    return moments * held + blocks * sum(_SCALE_BYTES[:moments])
 
 
 def param_state_bytes(
@@ -139,12 +146,12 @@ def param_state_bytes(
     Example:
         >>> info = ParamInfo("fc.weight", (1024, 1024), dtype="bfloat16")
         >>> param_state_bytes(info, state_format="8bit", master_format="24bit", moments=2) / 2**20
-        3.0625038146972656
+        3.0468788146972656
     """
     held = info.numel if info.local_numel is None else info.local_numel
     residual = held * _RESIDUAL_BYTES[master_format]
     count = 4 if moments > 1 else 0
-    return moments * state_bytes(info.shape, state_format, held) + residual + count
+    return state_bytes(info.shape, state_format, moments, held) + residual + count
 
 
 def moments_of_group(group: Mapping[str, Any]) -> int:

@@ -101,6 +101,9 @@ class Optimizer:
         if added["base_lr"] is None:
             added["base_lr"] = added["lr"]
         validate_group(self._rule, added, f" (param group {len(self.param_groups)})")
+        for key in ("state_format", "master_format"):
+            if added.get(key) is not None:
+                raise ValueError(f"{key} is for ebbtide.torch; state here has the array's dtype")
         for name, array in added["params"].items():
             if name in self._names:
                 raise ValueError(f"array {name!r} appears in more than one place")

@@ -26,6 +26,8 @@ def loaded(
 ) -> dict[str, Array]:
     """Return the state of one array from a checkpoint; refuse what cannot be used."""
     saved = {key: value for key, value in saved.items() if value is not None}
+    if "exp_avg_codes" in saved:
+        raise CheckpointError(f"{name!r} has 8-bit state; save it with state_dict(portable=True)")
     missing = lacking(rule, group, saved)
     if missing:
         raise CheckpointError(f"{name!r} lacks {', '.join(missing)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_list
 from ebbtide.torch.judgement import judge, judge_plan, looks_first
 from ebbtide.torch.rows import Planner
 from ebbtide.torch.running import run_plan
+from ebbtide.torch.storage import plain
 from ebbtide.torch.tensors import check_group
 from ebbtide.torch.validation import (
     check_dtypes,
@@ -45,12 +47,17 @@ if TYPE_CHECKING:
 __all__ = ["Optimizer", "new_backend"]
 
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-_WATCHED = ("foreach", "differentiable", "fused")
+_WATCHED = ("foreach", "differentiable", "fused", "state_format", "master_format")
 
 
 def new_backend() -> CompiledBackend | PureBackend:
     """Return the backend of a new optimizer: the compiled core, or the reference without it."""
     return CompiledBackend(_EXCHANGE_API) if available() else PureBackend()
+
+
+def _forget(*memories: CompiledBackend | PureBackend | Devices) -> None:
+    for memory in memories:
+        memory.forget()
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -123,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._forget()
+        _forget(self._backend, self._devices)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -210,6 +217,7 @@ class Optimizer(torch.optim.Optimizer):
             stepped = backend.stepped()
             if stepped is not None:
                 self._stepped = stepped
+                self._warn_without_gradients(5)
         return outcome
 
     @property
@@ -253,7 +261,8 @@ class Optimizer(torch.optim.Optimizer):
         self._note(verdict)
         plans = (planner.plan, planner.launched)
         self._stepped = [plan.entries[i][0] for plan in plans for i, *_ in plan.rows()]
-        self._warn_without_gradients(planner)
+        if not planner.tensors:
+            self._warn_without_gradients(6)
         if any(planner.launched.rows()):
             outcome.untouched.extend(self._launched().untouched)
         return outcome
@@ -296,12 +305,10 @@ class Optimizer(torch.optim.Optimizer):
         while len(readers) <= index:
             watched = (*_WATCHED, "capturable") if self._rule.name == "adam" else _WATCHED
             where = f" (param group {len(readers)})"
-            readers.append(GroupReader(self._rule, where, watch=watched, restructured=self._forget))
+            # Not a method of this object: a cycle would keep it, and its state, after its last use.
+            forget = partial(_forget, self._backend, self._devices)
+            readers.append(GroupReader(self._rule, where, watch=watched, restructured=forget))
         return readers[index]
-
-    def _forget(self) -> None:
-        self._backend.forget()
-        self._devices.forget()
 
     def _names(self, index: int) -> Iterable[str]:
         return names_of(self.param_groups[index], index)
@@ -317,14 +324,13 @@ class Optimizer(torch.optim.Optimizer):
         self._note(verdict)
         return Outcome([])
 
-    def _warn_without_gradients(self, planner: Planner) -> None:
-        if self._stepped or planner.tensors or self._warned_no_gradients:
-            return
-        if self._in_backward is not None:
+    def _warn_without_gradients(self, stacklevel: int) -> None:
+        if self._stepped or self._warned_no_gradients or self._in_backward is not None:
             return
         self._warned_no_gradients = True
         warnings.warn(
-            "step() saw no gradients: nothing was updated. Was backward() called?", stacklevel=6
+            "step() saw no gradients: nothing was updated. Was backward() called?",
+            stacklevel=stacklevel,
         )
 
     def _raise_nonfinite(self, outcome: Outcome) -> None:
@@ -365,6 +371,23 @@ class Optimizer(torch.optim.Optimizer):
             in the model but not in the optimizer: bias
         """
         check_model(self.param_groups, model, partial=partial)
+
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """Return state and hyperparameters, as `torch.optim.Optimizer.state_dict` does.
+
+        Args:
+            portable: Give 8-bit moments as float32 `exp_avg` and `exp_avg_sq`, which `torch.optim`
+                loads, and leave out the residuals of 16-bit parameters, for which it has no place.
+                Without, the state resumes here bit for bit; float32 and bfloat16 state is the same
+                either way.
+        """
+        packed: dict[str, Any] = super().state_dict()
+        if portable:
+            packed["state"] = {
+                index: {key: value for key, value in plain(state).items() if key != "residual"}
+                for index, state in packed["state"].items()
+            }
+        return packed
 
     def load_state_dict(
         self,

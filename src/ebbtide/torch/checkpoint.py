@@ -16,6 +16,14 @@ from ebbtide.checkpoint import CheckpointError, Loading, Slot
 from ebbtide.hyperparameters import numbers, validate_group
 from ebbtide.torch import ranks
 from ebbtide.torch.rows import FORMATS
+from ebbtide.torch.storage import (
+    MOMENTS,
+    conversion,
+    is_coded,
+    plain,
+    problem_of_coded,
+    storage_of,
+)
 from ebbtide.torch.tensors import LOW_PRECISION
 
 if TYPE_CHECKING:
@@ -106,6 +114,7 @@ def _prepared(
     state = _loaded_state(optimizer, loading)
     if _anywhere(loading.refused(strict=strict), groups):
         raise loading.refusal()
+    loading.notes += _absent(optimizer, loading)
     report = loading.report(lost=_lost(optimizer, loading))
     if report:
         warnings.warn(report, stacklevel=4)
@@ -123,6 +132,30 @@ def _lost(optimizer: Optimizer, loading: Loading) -> bool:
         return False
     live = any(isinstance(each, Mapping) and each for each in optimizer.state.values())
     return live or _settings(groups) != _settings(loading.groups)
+
+
+def _absent(optimizer: Optimizer, loading: Loading) -> list[str]:
+    """Name the parameters that are to be trained and without state in a file that holds some.
+
+    One that has never had a gradient is right without; only the user can tell it from a loss.
+    """
+    slots = _slots(loading.groups)
+    params = [(param, group) for group in loading.groups for param in group["params"]]
+    names = [
+        slot.name or f"parameter {slot.index}"
+        for slot, (param, group) in zip(slots, params, strict=True)
+        if param.requires_grad
+        and slot.index in loading.match.pairs
+        and slot.index not in loading.states
+        and optimizer._rule.state_keys(group)
+        and (optimizer.state.get(param) or not any(optimizer.state.values()))
+    ]
+    if not (names and loading.states):
+        return []
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return [
+        f"no state was saved for {', '.join(names[:8])}{more}: steps are counted from the first"
+    ]
 
 
 def _settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -202,17 +235,35 @@ def _loaded(
     lacking = checkpoint.lacking(optimizer._rule, group, values)
     if lacking:
         raise CheckpointError(f"{name!r} lacks {', '.join(lacking)}")
+    # Arrays of the NumPy face become tensors.
+    values = {
+        key: torch.tensor(value) if hasattr(value, "__array_interface__") else value
+        for key, value in values.items()
+    }
+    storage = storage_of(name, param, group)
+    for key, value in values.items():
+        if _is_coded_array(key, values):
+            problem = problem_of_coded(key, value, param, values)
+            if problem:
+                raise CheckpointError(f"{name!r} has {key} with {problem}")
+    if not storage.coded:
+        values = plain(values)
     loaded: dict[str, Any] = {}
     for key, value in values.items():
-        if hasattr(value, "__array_interface__"):
-            value = torch.tensor(value)  # from the NumPy face
         if key == "step":
             loaded[key] = _step(name, value, param, group)
         elif isinstance(value, torch.Tensor):
-            loaded[key] = _array(name, key, value, param)
+            coded = _is_coded_array(key, values)
+            loaded[key] = _placed(name, value, param) if coded else _array(name, key, value, param)
         else:
             loaded[key] = value
-    return loaded
+    put, gone = conversion(param, loaded, optimizer._rule.state_keys(group), storage)
+    return {key: value for key, value in {**loaded, **put}.items() if key not in gone}
+
+
+def _is_coded_array(key: str, values: Mapping[str, Any]) -> bool:
+    own = is_coded(values) and key.startswith(MOMENTS) and key.endswith(("_codes", "_scale"))
+    return isinstance(values[key], torch.Tensor) and (own or key == "residual")
 
 
 def _step(name: str, value: Any, param: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
@@ -241,8 +292,14 @@ def _array(name: str, key: str, value: torch.Tensor, param: torch.Tensor) -> tor
     problem = problem_of(key, value)
     if problem:
         raise CheckpointError(f"{name!r} has {key} that holds {problem}")
+    return _placed(name, value, param, _dtype(key, value.dtype, param.dtype))
+
+
+def _placed(
+    name: str, value: torch.Tensor, param: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     try:
-        return ranks.placed(name, value.detach(), param, _dtype(key, value.dtype, param.dtype))
+        return ranks.placed(name, value.detach(), param, dtype or value.dtype)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ebbtide.torch.ranks import local_of
+from ebbtide.torch.storage import plain
 
 __all__ = ["Numbers", "Snapshot", "Sums", "measure"]
 
@@ -169,6 +170,7 @@ def _update(
     snapshot: Snapshot, state: Mapping[str, Any], group: Mapping[str, Any], scale: float
 ) -> tuple[Numbers, Numbers | None] | None:
     """Return u and √v̂ of the elements; None where the state does not tell."""
+    state = plain(state)
 
     def elements(key: str) -> Numbers | None:
         tensor = state.get(key)

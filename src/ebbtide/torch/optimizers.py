@@ -48,6 +48,8 @@ class Adam(Optimizer):
         base_lr: float | None = None,
         bias_correction: bool = True,
         seed: int = 0,
+        state_format: str | None = None,
+        master_format: str | None = None,
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
     ) -> None:
@@ -73,6 +75,8 @@ class Adam(Optimizer):
             "base_lr": base_lr,
             "bias_correction": bias_correction,
             "seed": seed,
+            "state_format": state_format,
+            "master_format": master_format,
         }
         super().__init__(params, defaults, nonfinite=nonfinite, clip_grad_norm=clip_grad_norm)
         _check_flags(self, fused=fused, foreach=foreach, differentiable=differentiable)
@@ -102,6 +106,12 @@ class AdamW(Adam):
             lr at construction. With OneCycleLR pass its `max_lr`.
         bias_correction: Divide the moments by 1 - βᵗ.
         seed: Of stochastic rounding for 16-bit parameters, at least 0.
+        state_format: Of the moments: `"float32"`, `"bfloat16"` or `"8bit"`; by default float32, and
+            bfloat16 for 16-bit parameters. Parameters below two dimensions or of fewer than 4096
+            elements, and embeddings, are kept in float32 where one is asked for.
+        master_format: What 16-bit parameters lack: `"stochastic"` (default) rounds them
+            stochastically, `"24bit"` and `"32bit"` keep 8 and 16 bits more beside them, `"none"`
+            rounds to nearest, which loses small updates.
         nonfinite: `"raise"` leaves elements with a non-finite gradient untouched and raises after
             the step; `"skip"` drops the whole step; `"propagate"` is torch's behaviour.
         clip_grad_norm: Clip the global norm of all gradients to this; gradients are not written.
@@ -144,6 +154,8 @@ class AdamW(Adam):
         base_lr: float | None = None,
         bias_correction: bool = True,
         seed: int = 0,
+        state_format: str | None = None,
+        master_format: str | None = None,
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
     ) -> None:
@@ -164,6 +176,8 @@ class AdamW(Adam):
             base_lr=base_lr,
             bias_correction=bias_correction,
             seed=seed,
+            state_format=state_format,
+            master_format=master_format,
             nonfinite=nonfinite,
             clip_grad_norm=clip_grad_norm,
         )
@@ -196,6 +210,8 @@ class SGD(Optimizer):
         cautious: bool = False,
         base_lr: float | None = None,
         seed: int = 0,
+        state_format: str | None = None,
+        master_format: str | None = None,
         nonfinite: str = "raise",
         clip_grad_norm: float | None = None,
     ) -> None:
@@ -216,6 +232,8 @@ class SGD(Optimizer):
             "base_lr": base_lr,
             "bias_correction": True,
             "seed": seed,
+            "state_format": state_format,
+            "master_format": master_format,
         }
         super().__init__(params, defaults, nonfinite=nonfinite, clip_grad_norm=clip_grad_norm)
         _check_flags(self, fused=fused, foreach=foreach, differentiable=differentiable)

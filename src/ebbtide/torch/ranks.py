@@ -41,8 +41,16 @@ def distributed(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "_local_tensor")
 
 
-def sharded_like(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """Return a local array as a DTensor placed as the parameter is; itself for a plain one."""
+def sharded_like(
+    local: torch.Tensor, param: torch.Tensor, shape: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Return a local array as a DTensor placed as the parameter is; itself for a plain one.
+
+    Args:
+        local: This process's part.
+        param: The parameter, or an array placed as it is.
+        shape: Of the whole array, where it is not the parameter's.
+    """
     if not distributed(param):
         return local
     from torch.distributed.tensor import DTensor
@@ -53,9 +61,13 @@ def sharded_like(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
         placement.device_mesh,
         placement.placements,
         run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        shape=param.shape if shape is None else torch.Size(shape),
+        stride=param.stride() if shape is None else _contiguous(shape),
     )
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def local_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -90,14 +102,16 @@ def shard_offset(param: torch.Tensor) -> int:
 def placed(name: str, saved: torch.Tensor, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Copy a saved array into the layout, device and placement of its parameter.
 
-    Of a whole array each rank takes its shard, without communication.
+    Of a whole array each rank takes its shard, without communication. An array of another shape
+    than the parameter's becomes contiguous.
 
     Raises:
         ValueError: A sharded array for a parameter that is not, or on another mesh.
     """
-    mine = local_of(param.detach())
-    copy = torch.empty_like(mine, dtype=dtype).copy_(_shard(name, saved, param))
-    return sharded_like(copy, param)
+    mine, shard = local_of(param.detach()), _shard(name, saved, param)
+    like = mine if shard.shape == mine.shape else shard.contiguous()
+    copy = torch.empty_like(like, dtype=dtype, device=mine.device).copy_(shard)
+    return sharded_like(copy, param, tuple(saved.shape))
 
 
 def _shard(name: str, saved: torch.Tensor, param: torch.Tensor) -> torch.Tensor:

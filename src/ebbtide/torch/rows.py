@@ -13,7 +13,17 @@ from ebbtide.backends.triton.support import interprets
 from ebbtide.memory import layout_of
 from ebbtide.plan import BLOCK, Plan, Row, salt_of
 from ebbtide.rules import Rule
+from ebbtide.torch import eight_bits
 from ebbtide.torch.ranks import distributed, local_grad, local_of, shard_offset, sharded_like
+from ebbtide.torch.storage import (
+    Storage,
+    conversion,
+    fields_of,
+    fitted,
+    shape_of,
+    storage_of,
+    zeros,
+)
 from ebbtide.torch.tensors import (
     FORMATS,
     LOW_PRECISION,
@@ -55,8 +65,8 @@ class Planner:
     tensors: list[TensorRow] = field(default_factory=list)
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    # By parameter: its state dict, and what will be put into it.
-    _changes: dict[torch.Tensor, tuple[State, State]] = field(default_factory=dict)
+    # By parameter: its state dict, what will be put into it, what will be taken out.
+    _changes: dict[torch.Tensor, tuple[State, State, list[str]]] = field(default_factory=dict)
     _counters: set[int] = field(default_factory=set)
     _interprets: bool = field(default_factory=interprets)
 
@@ -83,22 +93,27 @@ class Planner:
         launched = (self._interprets or not param.is_cpu) and launches(param, grad, group)
         kernels = launched or _is_for_kernels(param, grad, group)
         forced = launched and (self.counts_on_device or has_device_numbers(group))
+        storage = storage_of(name, param, group)
+        _check_storage(name, param, storage, kernels=kernels)
         state = self.state.get(param, {})
-        changes = self._missing(param, state, keys, name, group, counts=forced)
-        count = 0 if any(key in changes for key in keys) else 1
+        count = 1 if all(key in state for key in keys) else 0
+        changes, gone = conversion(param, state, keys, storage)
+        known = {key: value for key, value in {**state, **changes}.items() if key not in gone}
+        changes |= self._missing(param, known, keys, name, group, storage, counts=forced)
         home: torch.device | None = None  # where the step count must be
         if launched:
             home = param.device if forced or _steps_on_device(group) else None
         elif kernels:
             home = torch.device("cpu")
-        self._fit(param, {**state, **changes}, changes, name, keys, home, kernels=kernels)
-        self._changes[param] = (state, changes)
-        merged = {**state, **changes}
-        for tensor in (param, *(merged[key] for key in keys)):
+        arrays = storage.arrays(keys)
+        self._fit(param, {**known, **changes}, changes, name, arrays, storage, home, kernels)
+        self._changes[param] = (state, changes, gone)
+        merged = {**known, **changes}
+        for tensor in (param, *(merged[key] for key in arrays)):
             self.plan.regions.append(region_of(name, local_of(tensor)))
         if kernels:
             plan = self.launched if launched else self.plan
-            row = self._row(param, grad, name, keys, merged, count)
+            row = self._row(param, grad, name, keys, merged, storage, count)
             if launched:
                 row.device = str(param.device)
                 step = merged.get("step")
@@ -109,6 +124,7 @@ class Planner:
             self._enter(param, index, row, state, plan)
         else:
             self._add_tensors(param, grad, name, keys, index, group, merged, state, count)
+            self.tensors[-1].stochastic = storage.stochastic
 
     def _enter(
         self,
@@ -125,7 +141,9 @@ class Planner:
 
     def commit(self) -> None:
         """Put new and converted state where the optimizer keeps it."""
-        for param, (state, changes) in self._changes.items():
+        for param, (state, changes, gone) in self._changes.items():
+            for key in gone:
+                del state[key]
             state.update(changes)
             if state:
                 self.state[param] = state
@@ -137,12 +155,15 @@ class Planner:
         keys: tuple[str, ...],
         name: str,
         group: Mapping[str, Any],
+        storage: Storage,
         *,
         counts: bool,
     ) -> State:
         """Create the state that the parameter lacks, in torch's order of keys."""
         missing: State = {}
-        had = [key for key in keys if state.get(key) is not None]
+        had = [
+            key for key in keys if state.get(f"{key}_codes" if storage.coded else key) is not None
+        ]
         if self.rule.name == "adam" and state and len(had) < 2:
             raise RuntimeError(
                 f"the state of parameter {name!r} holds {sorted(state)}: not that of Adam; clear it"
@@ -154,13 +175,9 @@ class Planner:
             missing["step"] = torch.tensor(
                 float(bool(had)), dtype=_step_dtype(group), device=device
             )
-        # bfloat16 for 16-bit parameters: torch's bytes, and the range that squares need.
-        dtype = torch.bfloat16 if param.dtype in LOW_PRECISION else param.dtype
-        for key in keys:
-            if key not in had:
-                missing[key] = torch.zeros_like(
-                    param.detach(), dtype=dtype, memory_format=torch.preserve_format
-                )
+        for key in storage.arrays(keys):
+            if state.get(key) is None:
+                missing[key] = zeros(key, param, storage)
         return missing
 
     def _fit(
@@ -169,30 +186,31 @@ class Planner:
         state: State,
         changes: State,
         name: str,
-        keys: tuple[str, ...],
+        arrays: tuple[str, ...],
+        storage: Storage,
         home: torch.device | None,
-        *,
         kernels: bool,
     ) -> None:
         """Convert what lies elsewhere or otherwise than a step needs; note it in `changes`."""
-        for key in keys:
+        for key in arrays:
             value = state[key]
-            if value.shape != param.shape or value.is_complex() != param.is_complex():
+            shape = shape_of(key, param, storage.residual_bits)
+            if value.shape != shape or value.is_complex() != param.is_complex():
                 raise RuntimeError(
                     f"state {key!r} of parameter {name!r} is {value.dtype} of shape "
                     f"{tuple(value.shape)}, the parameter {param.dtype} of {tuple(param.shape)}"
                 )
-            fitted = _fitted(value, param, kernels=kernels)
-            if fitted is not value:
-                changes[key] = fitted
+            fit = _fitted(key, value, param, storage, kernels=kernels)
+            if fit is not value:
+                changes[key] = fit
         if "step" in state:
             step = state["step"]
-            fitted = _fitted_step(step, home)
-            if fitted.data_ptr() in self._counters:  # one counter for several parameters
-                fitted = fitted.clone()
-            self._counters.add(fitted.data_ptr())
-            if fitted is not step:
-                changes["step"] = fitted
+            fit = _fitted_step(step, home)
+            if fit.data_ptr() in self._counters:  # one counter for several parameters
+                fit = fit.clone()
+            self._counters.add(fit.data_ptr())
+            if fit is not step:
+                changes["step"] = fit
 
     def _row(
         self,
@@ -201,6 +219,7 @@ class Planner:
         name: str,
         keys: tuple[str, ...],
         state: State,
+        storage: Storage,
         count: int,
     ) -> Row:
         mine, theirs = local_of(param.detach()), local_grad(name, param, grad)
@@ -208,7 +227,7 @@ class Planner:
         # added up) must live until the step is taken, and is not what the next one will see.
         own = grad is param.grad and theirs is local_of(grad)
         keep: list[object] = [] if own else [theirs]
-        if _is_staged(mine):
+        if _is_staged(mine, storage):
             target, mine = mine, mine.clone(memory_format=torch.contiguous_format)
             mine = mine.resolve_conj().resolve_neg()
             self.staged.append((target, mine))
@@ -219,20 +238,26 @@ class Planner:
             theirs = torch.empty_like(mine, dtype=dtype).copy_(theirs)
             keep.append(theirs)
         step = state.get("step")
-        low = param.dtype in LOW_PRECISION
-        offset = shard_offset(param) if low else 0
         numel = mine.numel() * (2 if mine.is_complex() else 1)
+        run_length, lead, first_block = _blocks(param, storage, numel)
+        if storage.coded:
+            fields = fields_of(state, keys)
+        else:
+            fields = tuple(field_of(local_of(state[key])) for key in keys)
+        residual = local_of(state["residual"]).data_ptr() if storage.residual_bits else 0
         return Row(
             name=name,
             numel=numel,
             param=field_of(mine),
             grad=field_of(theirs),
-            state=tuple(field_of(local_of(state[key])) for key in keys),
+            state=fields,
             extents=extents(mine),
-            stochastic=low,
-            run_length=numel,
-            lead=offset % BLOCK,
-            first_block=offset // BLOCK,
+            residual=residual,
+            residual_bits=storage.residual_bits,
+            stochastic=storage.stochastic,
+            run_length=run_length,
+            lead=lead,
+            first_block=first_block,
             salt=salt_of(name),
             step_address=0 if step is None else step.data_ptr(),
             step_is_double=step is not None and step.dtype == torch.float64,
@@ -295,9 +320,43 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
     return not (l2 or group["cautious"] or group["differentiable"])
 
 
-def _is_staged(tensor: torch.Tensor) -> bool:
-    """Whether the kernels get a copy: memory with gaps, or that reads otherwise than it lies."""
-    return not _lies_as_it_reads(tensor) or layout_of(tensor.shape, tensor.stride()) != "dense"
+def _check_storage(name: str, param: torch.Tensor, storage: Storage, *, kernels: bool) -> None:
+    """Refuse what cannot be stored as the group asks.
+
+    Raises:
+        RuntimeError: The kernels do not take the parameter, or it is sharded by other than rows.
+    """
+    obstacle = storage.obstacle(param)
+    if not kernels and (storage.coded or storage.residual_bits):
+        obstacle = "it is stepped by torch operations, which keep no 8-bit state and no residual"
+    if obstacle:
+        raise RuntimeError(
+            f"parameter {name!r} cannot be kept with state_format and master_format as asked: "
+            f"{obstacle}; put it into a group with state_format=None, master_format=None"
+        )
+
+
+def _blocks(param: torch.Tensor, storage: Storage, numel: int) -> tuple[int, int, int]:
+    """Return (run_length, lead, first_block) of a row."""
+    rounds = storage.coded or storage.residual_bits or param.dtype in LOW_PRECISION
+    offset = shard_offset(param) if rounds else 0
+    if not storage.coded:
+        return numel, offset % BLOCK, offset // BLOCK
+    if numel == 0:
+        return 0, 0, 0
+    run_length = numel // local_of(param).shape[0]
+    _, blocks = eight_bits.blocks_of(param.shape)
+    return run_length, 0, offset // run_length * blocks
+
+
+def _is_staged(tensor: torch.Tensor, storage: Storage) -> bool:
+    """Whether the kernels get a copy: memory with gaps, or that reads otherwise than it lies.
+
+    Blocks of coded state follow the order of the indices.
+    """
+    if not _lies_as_it_reads(tensor) or (storage.coded and not tensor.is_contiguous()):
+        return True
+    return layout_of(tensor.shape, tensor.stride()) != "dense"
 
 
 def _lies_as_it_reads(tensor: torch.Tensor) -> bool:
@@ -307,15 +366,19 @@ def _lies_as_it_reads(tensor: torch.Tensor) -> bool:
     return not lazy and (tensor.numel() == 0 or tensor.data_ptr() % itemsize == 0)
 
 
-def _fitted(value: torch.Tensor, param: torch.Tensor, *, kernels: bool) -> torch.Tensor:
+def _fitted(
+    key: str, value: torch.Tensor, param: torch.Tensor, storage: Storage, *, kernels: bool
+) -> torch.Tensor:
     """Return a state array where a step can use it; the array itself where it can already."""
     if value.device != param.device:
         value = value.to(param.device)
     if not kernels:
         return value
     mine, local = local_of(param.detach()), local_of(value)
-    if _is_staged(mine):
+    if _is_staged(mine, storage):
         mine = torch.empty(mine.shape, dtype=mine.dtype, device="meta")
+    if storage.coded or key == "residual":
+        return fitted(key, value, param, mine)
     dtype = local.dtype
     if dtype != mine.dtype and (dtype in _DOUBLE or mine.dtype in _DOUBLE):
         dtype = mine.dtype

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ebbtide.torch.storage import is_coded, plain
+
 __all__ = ["gradient_scales", "gradient_scales_of_file"]
 
 # As many weights of a group are looked at; a percentile of that many is known to a percent.
@@ -73,17 +75,19 @@ def _mappings(content: Any) -> Iterator[Mapping[str, Any]]:
 
 def _scales(states: list[Mapping[str, Any]], group: Mapping[str, Any]) -> list[float]:
     seconds = [state for state in states if _has_second_moment(state)]
-    total = sum(state["exp_avg_sq"].numel() for state in seconds)
+    total = sum(state.get("exp_avg_sq", state.get("exp_avg_sq_codes")).numel() for state in seconds)
     stride = max(1, total // _SAMPLES)
     found: list[float] = []
     for state in seconds:
-        sampled = state["exp_avg_sq"].detach().flatten()[::stride].double()
+        sampled = plain(state)["exp_avg_sq"].detach().flatten()[::stride].double()
         bias_correction2 = 1.0 - float(group["betas"][1]) ** float(state["step"])
         found += (sampled / bias_correction2).sqrt().tolist()
     return found
 
 
 def _has_second_moment(state: Mapping[str, Any]) -> bool:
+    if is_coded(state):
+        return float(state["step"]) > 0
     exp_avg_sq = state.get("exp_avg_sq")
     return (
         isinstance(exp_avg_sq, torch.Tensor)

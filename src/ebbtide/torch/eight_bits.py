@@ -1,0 +1,149 @@
+"""The two moments of Adam between float32 and eight bits, whole tensors at a time.
+
+`ebbtide.codecs` defines the encoding, and the kernels decode and encode in every step; this is for
+when state changes its format: loading, `state_dict(portable=True)`, a group that changes its mind.
+Encoding rounds to nearest. Blocks of 128 elements follow the order of the indices, whatever the
+layout of the parameter, and end with each index of the first dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+__all__ = ["blocks_of", "decode", "encode"]
+
+_BLOCK = 128
+_SMALLEST, _LARGEST = 1 << 24, 0x7E800000  # bits of v: what is below is zero, above the largest
+_DORMANT = 16 << 23
+_HALF = 0x8000_8000  # in place of random bits: rounds to nearest
+_NORMAL = 2.0**-126
+
+
+def blocks_of(shape: torch.Size) -> tuple[int, int]:
+    """Return how many rows of blocks a parameter has, and how many blocks each has."""
+    rows = shape[0]
+    return rows, math.ceil(math.prod(shape[1:]) / _BLOCK)
+
+
+def decode(codes: list[torch.Tensor], scales: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the moments that codes stand for, float32 of the shape of the parameter.
+
+    Args:
+        codes: int8 of the first moment, uint8 of the second and, for AMSGrad, of its maximum.
+        scales: float32 (rows, blocks) of the first moment, uint8 (rows, blocks, 2) of the others.
+    """
+    shape = codes[0].shape
+    seconds = [
+        _second(_blocked(each), _windows(windows))
+        for each, windows in zip(codes[1:], scales[1:], strict=True)
+    ]
+    first = _blocked(codes[0])
+    squares = (first.to(torch.int32) * first.to(torch.int32).abs()).to(torch.float32)
+    units = (seconds[0] >> 1 & 0x7F800000).view(torch.float32)
+    moment = _flushed(squares * (scales[0] * 2.0**64)[..., None] * units)
+    return [_flat(each, shape) for each in (moment, *(s.view(torch.float32) for s in seconds))]
+
+
+def encode(moments: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Encode moments to nearest; the inverse of `decode`.
+
+    Args:
+        moments: First moment, second moment and, for AMSGrad, the maximum of the second, all of the
+            shape of the parameter.
+    """
+    shape = moments[0].shape
+    first, *seconds = [_blocked(each.to(torch.float32)) for each in moments]
+    first, bits = _holdable(first, seconds)
+    ratio = _ratio(first, bits[0])
+    largest = ratio.abs().amax(-1)
+    windows = [_window_of(each, ratio != 0) for each in bits]
+    codes = [_encode_second(each, window) for each, window in zip(bits, windows, strict=True)]
+    alive = largest >= 2.0**-60
+    ratio = _ratio(first, _second(codes[0], windows[0]))
+    inverse = torch.where(alive, torch.full_like(largest, 16128.9) / largest * 2.0**32, 0.0)
+    root = (ratio.abs() * inverse[..., None]).sqrt().to(torch.int32)
+    first_codes = (torch.where(ratio < 0, -root, root) + (_HALF & 0xFFFF)) >> 16
+    scale = torch.where(alive, largest / (127.0 * 127.0), 0.0)
+    stored = [first_codes.to(torch.int8), *(each.to(torch.uint8) for each in codes)]
+    scales = [scale, *(_as_bytes(each) for each in windows)]
+    return [_flat(each, shape) for each in stored], scales
+
+
+def _blocked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return (rows, blocks, 128), zeros behind the end of each row."""
+    rows, blocks = blocks_of(tensor.shape)
+    flat = tensor.reshape(rows, math.prod(tensor.shape[1:]))
+    return torch.nn.functional.pad(flat, (0, blocks * _BLOCK - flat.shape[1])).reshape(
+        rows, blocks, _BLOCK
+    )
+
+
+def _flat(blocked: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return blocked.flatten(1)[:, : math.prod(shape[1:])].reshape(shape).contiguous()
+
+
+def _windows(stored: torch.Tensor) -> torch.Tensor:
+    return stored[..., 0].to(torch.int32) | stored[..., 1].to(torch.int32) << 8
+
+
+def _as_bytes(windows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([windows & 0xFF, windows >> 8], -1).to(torch.uint8)
+
+
+def _second(codes: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Return the bits of second moments."""
+    shift, base = _shift_and_base(windows)
+    return torch.where(codes != 0, (base + codes.to(torch.int32)) << shift, 0)
+
+
+def _shift_and_base(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leading = [windows >> (16 - k) == (1 << k) - 1 for k in range(1, 8)]
+    ones = torch.stack(leading).sum(0, dtype=torch.int32)
+    return (16 + ones)[..., None], (windows & (0xFFFF >> ones))[..., None]
+
+
+def _holdable(
+    first: torch.Tensor, seconds: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return first moments, and the bits of the others, with zero for what cannot be kept."""
+    holds = torch.ones_like(first, dtype=torch.bool)
+    bits = []
+    for each in seconds:
+        keeps = (each >= 0) & (each < math.inf)
+        found = torch.where(keeps, each + 0.0, 0.0).view(torch.int32).clamp(max=_LARGEST)
+        bits.append(torch.where(found >= _SMALLEST, found, 0))
+        holds &= each < math.inf
+    there = bits[0] != 0
+    holds &= torch.where(there, _ratio(first, bits[0]).abs(), 0.0) < 2.0**64
+    return torch.where(holds & there, first, 0.0), [torch.where(holds, each, 0) for each in bits]
+
+
+def _ratio(first: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Return m/S: S is the power of two at or below the root of the number with these bits."""
+    return _flushed(first * (0x5F000000 - (bits >> 1 & 0x7F800000)).view(torch.float32))
+
+
+def _flushed(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.abs() < _NORMAL, 0.0 * x, x)
+
+
+def _window_of(bits: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    highest = bits.amax(-1)
+    ceiling = highest[..., None]
+    lowest = torch.where(bits != 0, bits, ceiling).amin(-1)
+    moving_low = torch.where((bits != 0) & moving, bits, ceiling).amin(-1)
+    low = torch.minimum(moving_low, torch.maximum(lowest, highest - _DORMANT))
+    windows = torch.zeros_like(highest)
+    for shift in reversed(range(16, 24)):  # the smallest that fits is written last
+        fits = (highest >> shift) - (low >> shift) <= 253
+        ones = 0xFFFF << (32 - shift) & 0xFFFF
+        windows = torch.where(fits, ones | ((low >> shift) - 1), windows)
+    return torch.where(highest != 0, windows, 0)
+
+
+def _encode_second(bits: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    shift, base = _shift_and_base(windows)
+    codes = ((bits.to(torch.int64) + (_HALF >> (32 - shift.to(torch.int64)))) >> shift) - base
+    return torch.where(bits != 0, codes.clamp(min=1), 0)
