@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ebbtide.lab.pictures import DARK, LIGHT, Draw, Theme, to_png, to_svg
+from ebbtide.lab.pictures import DARK, LIGHT, Draw, to_png, to_svg
 
 __all__ = ["Listing", "Picture", "Report", "Section", "Table", "picture_files", "render"]
+
+_LARGEST = 1.5  # times its natural size, beyond which a small picture shouts
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,23 @@ def picture_files(report: Report) -> dict[str, bytes]:
 
 
 def _sources(picture: Picture) -> dict[str, str]:
-    """Return the picture as data addresses: light and dark, wide and narrow."""
-    return {
-        f"{theme.name}_{'narrow' if narrow else 'wide'}": _address(picture.draw, theme, narrow)
+    """Return the picture as data addresses, light and dark, wide and narrow; and its width."""
+    drawn = {
+        f"{theme.name}_{'narrow' if narrow else 'wide'}": to_svg(
+            picture.draw, theme=theme, narrow=narrow
+        )
         for theme in (LIGHT, DARK)
         for narrow in (False, True)
     }
+    width = f"{_LARGEST * _natural_width(drawn['light_wide']):.0f}px"
+    return {**{name: _address(svg) for name, svg in drawn.items()}, "width": width}
 
 
-def _address(draw: Draw, theme: Theme, narrow: bool) -> str:
-    code = base64.b64encode(to_svg(draw, theme=theme, narrow=narrow)).decode()
-    return f"data:image/svg+xml;base64,{code}"
+def _natural_width(svg: bytes) -> float:
+    """Return the width at which the letters have the size they were drawn in, in CSS pixels."""
+    found = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', svg)
+    return float(found[1]) * 4 / 3 if found else 0.0
+
+
+def _address(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

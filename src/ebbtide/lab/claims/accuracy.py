@@ -159,7 +159,7 @@ SPEED = Claim(
         Verdict.CONDITION: "Adam + L2 needs {at0} times the steps at lr 0.001, {at1} at 0.002 and "
         "{at2} at 0.004.",
         Verdict.NOT_CONFIRMED: "Adam + L2 needs {at0} times AdamW's steps at lr 0.001, {at1} at "
-        "0.002 and {at2} at 0.004: no such gain.",
+        "0.002 and {at2} at 0.004: no gain of that size is seen.",
     },
     revised="What is waited for was changed after first numbers, to this test loss; prediction and "
     "rule were kept.",
@@ -267,8 +267,8 @@ BIASES = Claim(
         Verdict.CONDITION: "Sparing biases makes {plain} on plain pixels, {multi} where columns "
         "differ in scale, and {strong} there with three times the λ.",
         Verdict.NOT_CONFIRMED: "Sparing biases makes {plain} on plain pixels, {multi} where "
-        "columns differ in scale, and {strong} there with three times the λ. The convention costs "
-        "nothing, but a perceptron does not show that it is needed.",
+        "columns differ in scale, and {strong} there with three times the λ: a perceptron does not "
+        "show that the convention is needed.",
     },
     needs=("plain", "multi-scale"),
     steps=(6 * 20 * 1000, 6 * 5 * 300),

@@ -41,19 +41,20 @@ def adam_as_published(
         decay: λ of the decoupled term, not multiplied by α.
         schedule: η by the step, counted from 0; 1 if `None`.
         slip: A mistake to make, for comparison: "bias" leaves the correction out, "square"
-            averages g where g² belongs.
+            averages |g| where g² belongs, "penalty" takes the slope of l2/2·θ for that of
+            l2/2·θ², "schedule" leaves η out.
     """
     beta1, beta2, eps = 0.9, 0.999, 1e-8
     theta = start.astype(np.float64)
     m, v = np.zeros_like(theta), np.zeros_like(theta)
     path = [theta]
     for t in range(1, steps + 1):
-        g = gradient(theta, t - 1) + l2 * theta
+        g = gradient(theta, t - 1) + (l2 / 2 if slip == "penalty" else l2 * theta)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * (np.abs(g) if slip == "square" else g * g)
         m_hat = m if slip == "bias" else m / (1 - beta1**t)
         v_hat = v if slip == "bias" else v / (1 - beta2**t)
-        eta = schedule(t - 1) if schedule is not None else 1.0
+        eta = 1.0 if schedule is None or slip == "schedule" else schedule(t - 1)
         theta = theta - eta * (alpha * m_hat / (np.sqrt(v_hat) + eps) + decay * theta)
         path.append(theta)
     return np.stack(path)

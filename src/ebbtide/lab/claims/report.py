@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ebbtide.lab.claims.run import Finding
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.export import to_bytes
 from ebbtide.lab.folder import RESULTS, check_folder, replace_folder
-from ebbtide.lab.report import Picture, Report, Section, Table, picture_files, render
+from ebbtide.lab.report import Report, Section, Table, picture_files, render
 
 __all__ = ["COMMAND", "summary", "write_partly", "write_report"]
 
@@ -109,7 +110,7 @@ def _report(findings: Sequence[Finding], effort: Effort, asked: int | None) -> R
     from importlib.metadata import version
 
     overview = Table(
-        ("Claim", "Verdict", "Predicted", "What was found"),
+        ("Claim", "Verdict", "As predicted", "What was found"),
         [(f.claim.title, f.verdict.value, _predicted(f), f.reading) for f in findings],
         links=[f"#{finding.claim.name}" for finding in findings],
         tones=[_TONES[finding.verdict] for finding in findings],
@@ -154,7 +155,7 @@ def _incomplete(found: int, asked: int | None) -> list[tuple[str, str]]:
 def _predicted(finding: Finding) -> str:
     if finding.verdict is Verdict.UNTESTABLE:
         return "-"
-    return "so" if finding.as_predicted else f"otherwise: {finding.claim.expected.value}"
+    return "yes" if finding.as_predicted else f"no; expected: {finding.claim.expected.value}"
 
 
 def _section(finding: Finding) -> Section:
@@ -163,10 +164,10 @@ def _section(finding: Finding) -> Section:
     if evidence.numbers:
         rows = [(number.label, str(number)) for number in evidence.numbers.values()]
         tables.append(Table(("Measured", "Value"), rows))
-    pictures = [
-        Picture(picture.name, picture.draw, f"{finding.reading} {picture.conclusion}")
-        for picture in evidence.pictures
-    ]
+    pictures = list(evidence.pictures)
+    if len(pictures) == 1:
+        said = f"{finding.reading} {pictures[0].conclusion}"
+        pictures = [replace(pictures[0], conclusion=said)]
     return Section(
         claim.title,
         notes=[f"{finding.verdict.value.capitalize()}. {finding.reading}"],

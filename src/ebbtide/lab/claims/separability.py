@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -123,22 +123,32 @@ def _measure(bench: Bench) -> Evidence:
             best = divmod(int(np.nanargmin(mean)), mean.shape[1])
             panels[task].append(HeatMap(spec.label, lrs, decays, mean, np.isnan(mean), best))
         rows.append((spec.label, str(numbers[f"{key}_digits"]), str(numbers[f"{key}_regression"])))
-    return Evidence(
-        numbers,
-        tables=[Table(("Decay", "Slope on digits", "Slope on the regression"), rows,
-                      "Decades by which the best λ moves with a decade of lr")],
-        pictures=[
-            Picture(f"separability-{task}",
-                    draw_heat_maps(HeatMaps(shown, label, higher_is_better=False, decimals=2)),
-                    said)
-            for task, label, said, shown in (
-                ("digits", "validation loss (nats)", "Digits, near convergence.",
-                 panels["digits"]),
-                ("regression", "mean squared error", "Linear regression far from equilibrium.",
-                 panels["regression"]),
-            )
-        ],
-    )  # fmt: skip
+    table = Table(
+        ("Decay", "Slope on digits", "Slope on the regression"),
+        rows,
+        "Decades by which the best λ moves with a decade of lr",
+    )
+    pictures = [
+        _picture("digits", "validation loss (nats)", "Digits, near convergence", panels, numbers),
+        _picture("regression", "mean squared error", "The regression", panels, numbers),
+    ]
+    return Evidence(numbers, tables=[table], pictures=pictures)
+
+
+def _picture(
+    task: str,
+    label: str,
+    title: str,
+    panels: Mapping[str, list[HeatMap]],
+    numbers: Mapping[str, Number],
+) -> Picture:
+    shown = panels[task]
+    slopes = ", ".join(
+        f"{numbers[f'{key}_{task}']} under {panel.title}"
+        for key, panel in zip(_KEYS, shown, strict=True)
+    )
+    draw = draw_heat_maps(HeatMaps(shown, label, higher_is_better=False, decimals=2))
+    return Picture(f"separability-{task}", draw, f"{title}: the best λ moves with slope {slopes}.")
 
 
 def _apart(number: Number) -> bool:

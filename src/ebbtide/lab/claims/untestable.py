@@ -26,7 +26,7 @@ CLAIMS = (
         "ImageNet accuracy rises by 0.5 to 1.5 %",
         "AdamW in place of Adam raises ImageNet accuracy by 0.5 to 1.5 points.",
         "Introductory texts on AdamW, without a reference",
-        "It takes ImageNet and weeks of GPU time. The claim `accuracy` tests the mechanism on "
+        "It takes ImageNet and weeks of GPU time. The claim accuracy tests the mechanism on "
         "digits, which is no reproduction.",
         "Published gaps run from none, for tuned convolutional nets with batch normalisation, to "
         "about 4 points: ResNet-18 with Adam 63.79 (66.54 retuned), with AdamW 67.93. Much of it "
@@ -39,8 +39,8 @@ CLAIMS = (
         "AdamW lowers the test error of Shake-Shake networks by about 15 % of its value.",
         "Loshchilov & Hutter 2019, Figure 4, arXiv:1711.05101",
         "It takes networks of 11 and 26 million parameters for up to 1,800 epochs.",
-        "The direction agrees with `accuracy` on inputs of different scales; the size cannot be "
-        "told from digits.",
+        "The direction agrees with the claim accuracy on inputs of different scales; the size "
+        "cannot be told from digits.",
     ),
     _untestable(
         "equal-training-loss",
@@ -49,7 +49,7 @@ CLAIMS = (
         "test error at equal training loss.",
         "Loshchilov & Hutter 2019, Figure 3, arXiv:1711.05101",
         "It is about the second half of 1,800 epochs; runs of minutes have no such half.",
-        "That the beginnings coincide agrees with `convergence-speed`.",
+        "That the beginnings coincide agrees with the claim convergence-speed.",
     ),
     _untestable(
         "language-models",

@@ -103,8 +103,8 @@ RESTARTS = Claim(
     readings={
         Verdict.CONFIRMED: "Restarts are ahead by {first}, {second} and {third} where their cycles "
         "end, and by {last} at the end.",
-        Verdict.CONDITION: "Where cycles end restarts are ahead by {first}, {second} and {third}, "
-        "at the end by {last}.",
+        Verdict.CONDITION: "Ahead at some of the cycles' ends: restarts are {first}, {second} and "
+        "{third} from one cosine there, and {last} at the end.",
         Verdict.NOT_CONFIRMED: "Where cycles end the difference is {first}, {second} and {third}, "
         "at the end {last}.",
     },

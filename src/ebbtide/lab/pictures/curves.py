@@ -15,6 +15,8 @@ __all__ = ["Curve", "CurvePanel", "draw_curves"]
 
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), "-", (0, (6, 1.5, 1.2, 1.5)), "-")
 
+_WIDE = 3.0
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -39,7 +41,7 @@ class CurvePanel:
         title: Heading.
         y_label: What is drawn, with its unit.
         curves: The lines.
-        log: Whether the axis is logarithmic; all values are above 0 then.
+        log: Whether the axis may be logarithmic; all values are above 0 then.
     """
 
     title: str
@@ -58,11 +60,12 @@ def draw_curves(panels: Sequence[CurvePanel], *, x_label: str = "step") -> Draw:
         shape = (count, 1) if narrow else (1, count)
         labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
         for axes, panel in zip(figure.subplots(*shape, squeeze=False).ravel(), panels, strict=True):
+            log = panel.log and _is_wide(panel.curves)
             for curve in panel.curves:
-                _draw_curve(axes, curve, labels.index(curve.label), theme, log=panel.log)
+                _draw_curve(axes, curve, labels.index(curve.label), theme, log=log)
             axes.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
             axes.margins(x=0.01)
-            if panel.log:
+            if log:
                 axes.set(yscale="log", ylim=(None, _top(panel.curves)))
                 _plain_ticks(axes)
             style_axes(axes, theme)
@@ -86,6 +89,12 @@ def _draw_curve(axes: Any, curve: Curve, index: int, theme: Theme, *, log: bool)
     # The lower edge must stay on a logarithmic axis.
     low = np.maximum(mean - spread, mean / 10) if log else mean - spread
     axes.fill_between(curve.steps, low, mean + spread, color=color, alpha=0.18, linewidth=0)
+
+
+def _is_wide(curves: Sequence[Curve]) -> bool:
+    """Tell whether the values span so much that a logarithmic axis shows them better."""
+    means = np.concatenate([curve.values.mean(axis=0) for curve in curves])
+    return float(means.max()) > _WIDE * float(means.min())
 
 
 def _top(curves: Sequence[Curve]) -> float:

@@ -16,6 +16,7 @@ __all__ = ["ColorScale", "HeatMap", "HeatMaps", "draw_heat_maps", "draw_scale"]
 
 _MOST_COLUMNS = 4
 _MOST_PRINTED = 12  # cells across, beyond which numbers would overlap
+_MANY_TIMES = 50  # the good end: then equal ratios get equal steps of colour
 _QUANTILE = 0.3  # of the cells lie beyond the end of the colour scale that matters less
 
 
@@ -106,7 +107,7 @@ class ColorScale:
     ) -> None:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
+        from matplotlib.colors import LogNorm, Normalize
 
         values = values[np.isfinite(values)]
         if not values.size:
@@ -119,13 +120,17 @@ class ColorScale:
         # The good end is the bright one, so that the eye finds it, whichever end that is.
         colormap = colormaps["viridis" if higher_is_better else "viridis_r"]
         self.theme = theme
-        self.mappable = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
+        self._low = low
+        self.log = low > 0 and high > _MANY_TIMES * low
+        norm = LogNorm if self.log else Normalize
+        self.mappable = ScalarMappable(norm(low, high if high > low else low + 1), colormap)
         beyond = bool(values.min() < low or values.max() > high)
         self.extend = ("min" if higher_is_better else "max") if beyond else "neither"
 
     def of(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the RGBA colours of values."""
-        return np.asarray(self.mappable.to_rgba(np.nan_to_num(values)), np.float64)
+        known = np.where(np.isfinite(values), values, self._low)
+        return np.asarray(self.mappable.to_rgba(known), np.float64)
 
     def ink_on(self, color: NDArray[np.float64]) -> str:
         """Return black or white, whichever can be read on a colour."""
@@ -192,8 +197,13 @@ def draw_scale(
     figure: Any, used: Sequence[Any], colors: ColorScale, label: str, *, narrow: bool
 ) -> None:
     """Draw the colour scale beside the axes, or below them where the picture is narrow."""
+    from matplotlib.ticker import MaxNLocator
+
     place: dict[str, Any] = {"location": "bottom", "aspect": 32} if narrow else {"aspect": 24}
     bar = figure.colorbar(colors.mappable, ax=used, extend=colors.extend, pad=0.02, **place)
+    if narrow and not colors.log:
+        bar.locator = MaxNLocator(5)
+        bar.update_ticks()
     bar.set_label(label, color=colors.theme.ink)
     bar.ax.tick_params(colors=colors.theme.ink, labelsize=9)
     bar.outline.set_edgecolor(colors.theme.faint)

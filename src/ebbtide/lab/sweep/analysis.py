@@ -74,6 +74,11 @@ class Side:
     factor: float
     until: str
 
+    @property
+    def is_known(self) -> bool:
+        """Whether anything lies on that side."""
+        return self.factor > 1 or self.until == "rise"
+
 
 @dataclass(frozen=True)
 class Width:

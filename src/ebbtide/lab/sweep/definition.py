@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -90,7 +91,9 @@ class Definition:
         """Name of the study: the function's, and a hash of everything else."""
         code = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
         stem = self.file.rpartition("/")[2].removesuffix(".py")
-        return f"{stem}-{self.function}-{code}"
+        # It names a folder, too, and must not look like an option.
+        plain = re.sub(r"[^\w.+ -]", "_", f"{stem}-{self.function}").lstrip(" .+-")
+        return f"{plain}-{code}"
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:

@@ -33,6 +33,7 @@ __all__ = ["MARKS", "best_curves", "dots", "maps", "profiles", "short"]
 MARKS = {Outcome.FAILED: "F", Outcome.TIMEOUT: "T", Outcome.PRUNED: "P"}
 """Letters of cells without a value."""
 
+_FITTING = 1e4
 _HIGHEST_GLYPH = 0x2FFF  # beyond it matplotlib's own font has none
 _X_LABELS = {**AXES, "timescale": "timescale 1/(lr·λ), steps"}
 
@@ -63,7 +64,7 @@ def profiles(results: Results, items: Sequence[Said]) -> Draw:
 def best_curves(results: Results, items: Sequence[Said]) -> Draw | None:
     """Return the reported values of the best cells, or None where none were reported."""
     curves = [curve for item in items if (curve := _curve(item)) is not None]
-    if not curves:
+    if not curves or max(curve.steps.size for curve in curves) < 2:
         return None
     log = all((curve.values > 0).all() for curve in curves)
     return draw_curves([CurvePanel("Best cells", _plain(results.metric), curves, log)])
@@ -86,9 +87,11 @@ def short(value: float) -> str:
     """Write a number in the five characters that a cell has room for.
 
     Example:
-        >>> [short(value) for value in (0.12345, 12.345, 1234.5, 123456.0, -0.5)]
-        ['0.123', '12.35', '1234', '1e+05', '-0.50']
+        >>> [short(value) for value in (0.12345, 12.345, 1234.5, 123456.0, -0.5, 0.00012)]
+        ['0.123', '12.35', '1234', '1e+05', '-0.50', '1e-04']
     """
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.0e}"
     for decimals in (3, 2, 1, 0):
         text = f"{value:.{decimals}f}"
         if len(text) <= 5:
@@ -153,6 +156,9 @@ def _scale(items: Sequence[Said]) -> float:
     """Return the power of ten to divide by, so that the better numbers fit into the cells."""
     best = [abs(item.best_value) for item in items if item.arm.best is not None]
     size = max(best, default=0.0)
+    every = np.abs(np.concatenate([item.arm.mean[~item.arm.diverged] for item in items]))
+    if size and float(np.nanmax(every)) > _FITTING * size:
+        return 1.0  # numbers of all sizes: each is written on its own
     if size == 0 or 1e-2 <= size < 1e4:
         return 1.0
     return float(10.0 ** math.floor(math.log10(size)))

@@ -96,18 +96,23 @@ class _Child:
 
     def __init__(self, order: Order) -> None:
         self._line, theirs = socket.socketpair()
-        with theirs:
+        life, self._life = os.pipe()
+        lines = [theirs.fileno(), life]
+        try:
             self._process = subprocess.Popen(
                 # -P: the folder of the command is not where modules come from.
-                [sys.executable, "-P", "-m", "ebbtide.lab.sweep.cell", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "ebbtide.lab.sweep.cell", *map(str, lines)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=lines,
                 # A group of its own: Ctrl-C goes to the sweep, and what it starts ends with it.
                 start_new_session=True,
                 env=_environment(order),
             )
+        finally:
+            theirs.close()
+            os.close(life)
         self._began = time.monotonic()
         self._ending = Ending()
         self._output = bytearray()
@@ -128,6 +133,7 @@ class _Child:
         self._end_group(signal.SIGKILL)
         self._process.wait()
         self._line.close()
+        os.close(self._life)
         assert self._process.stdout is not None
         self._process.stdout.close()
 

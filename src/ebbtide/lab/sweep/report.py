@@ -9,12 +9,13 @@ from ebbtide.lab.conclusions import join
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.folder import RESULTS, replace_folder
 from ebbtide.lab.report import Listing, Picture, Report, Section, Table, picture_files, render
+from ebbtide.lab.sweep.analysis import Side
 from ebbtide.lab.sweep.axes import AXES
 from ebbtide.lab.sweep.drawings import MARKS, best_curves, dots, maps, profiles
 from ebbtide.lab.sweep.export import csv_files, json_bytes
 from ebbtide.lab.sweep.outcome import FAULTS, Outcome
 from ebbtide.lab.sweep.results import Cell, Results
-from ebbtide.lab.sweep.words import Said, across, said, widest, winner
+from ebbtide.lab.sweep.words import Said, across, factor_words, said, widest, winner
 from ebbtide.lab.sweep.workers import cell_words
 
 __all__ = ["COMMAND", "parse_rise", "summary_rows", "to_json", "write_report"]
@@ -82,11 +83,7 @@ def _row(item: Said) -> tuple[str, ...]:
     noise = "" if item.noise is None else f" ± {item.number(item.noise.band)}"
     room = "-"
     if item.width is not None:
-        ends = {"rise": "", "edge": " (edge)", "unknown": " (?)"}
-        room = (
-            f"÷ {item.width.below.factor:.2g}{ends[item.width.below.until]}, "
-            f"× {item.width.above.factor:.2g}{ends[item.width.above.until]}"
-        )
+        room = f"÷ {_room(item.width.below)}, × {_room(item.width.above)}"
     return (
         arm.label,
         f"{settings['lr']:.3g}",
@@ -95,6 +92,11 @@ def _row(item: Said) -> tuple[str, ...]:
         room,
         _cells(arm.cells),
     )
+
+
+def _room(side: Side) -> str:
+    end = {"rise": "", "edge": " (edge)", "unknown": " (?)"}[side.until]
+    return f"{factor_words(side.factor) if side.is_known else '-'}{end}"
 
 
 def _cells(cells: Sequence[Sequence[Cell]]) -> str:

@@ -13,9 +13,10 @@ from ebbtide.lab.sweep.analysis import Coupling, Noise, Side, Width, coupling, e
 from ebbtide.lab.sweep.axes import AXES
 from ebbtide.lab.sweep.results import ArmResults, Results
 
-__all__ = ["Said", "across", "extended", "said", "widest", "winner"]
+__all__ = ["Said", "across", "extended", "factor_words", "said", "widest", "winner"]
 
 _NEARLY_SEPARABLE = 0.3
+_MOST_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Said:
 
     def number(self, value: float) -> str:
         """Write a result."""
-        if abs(value) >= 1e6:
+        if abs(value) >= 1e6 or self.decimals > _MOST_DECIMALS:
             return f"{value:.4g}"
         return f"{value:.{self.decimals}f}"
 
@@ -88,12 +89,20 @@ class Said:
         size, relative = self.results.rise
         share = f" ({100 * size:g} %)" if relative else ""
         axis = AXES[self.results.definition.axis]
-        below = _side_words(self.width.below, "smaller")
-        above = _side_words(self.width.above, "larger")
+        sides = ((self.width.below, "smaller"), (self.width.above, "larger"))
+        known = [_side_words(*side) for side in sides if side[0].is_known]
+        unknown = [
+            f"how much {direction} is not known ({_reason(side)})"
+            for side, direction in sides
+            if not side.is_known
+        ]
+        if not known:
+            return f"{self.arm.label}'s lr: {' and '.join(unknown)}."
         words = (
-            f"{self.arm.label}'s lr can be {below} and {above} before the {self.results.metric} "
+            f"{self.arm.label}'s lr can be {' and '.join(known)} before the {self.results.metric} "
             f"{change} by {self.number(self.width.amount)}{share}, the {axis} kept"
         )
+        words = "; ".join([words, *unknown])
         if self.noise is not None and self.width.amount < self.noise.band:
             return f"{words}; that is less than the noise, so take it as a rough number."
         return f"{words}."
@@ -255,16 +264,26 @@ def _room(width: Width | None) -> float:
 def _room_words(width: Width | None) -> str:
     assert width is not None
     exact = width.below.until == width.above.until == "rise"
-    return f"{'' if exact else 'at least '}{_room(width):.2g}-fold"
+    return f"{'' if exact else 'at least '}{factor_words(_room(width))}-fold"
 
 
 def _side_words(side: Side, direction: str) -> str:
-    if side.until == "rise":
-        return f"{side.factor:.2g} times {direction}"
-    reason = "the grid ends" if side.until == "edge" else "the next cell came to no result"
-    if side.factor == 1:
-        return f"nobody knows how much {direction} ({reason})"
-    return f"at least {side.factor:.2g} times {direction} ({reason})"
+    times = f"{factor_words(side.factor)} times {direction}"
+    return times if side.until == "rise" else f"at least {times} ({_reason(side)})"
+
+
+def _reason(side: Side) -> str:
+    return "the grid ends" if side.until == "edge" else "the next cell came to no result"
+
+
+def factor_words(factor: float) -> str:
+    """Write by how much an lr can be off.
+
+    Example:
+        >>> [factor_words(factor) for factor in (1.0, 1.0123, 1.26, 12.6)]
+        ['1', '1.01', '1.3', '13']
+    """
+    return f"{factor:.3g}" if factor < 1.1 else f"{factor:.2g}"
 
 
 def _decimals(results: Results) -> int:
