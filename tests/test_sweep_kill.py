@@ -33,6 +33,10 @@ with open("log", "a") as log: print("end", cell, file=log)
 if s.lr > 0.005 and s.weight_decay: raise ValueError("too large")
 return s.lr
 """
+# What a cell started must end with it, and with the command.
+HELPER = """
+with open("helpers", "a") as log: print(subprocess.Popen(["sleep", "600"]).pid, file=log)
+"""
 STORM_BODY = """
 time.sleep(0.1)
 if s.lr > 0.005 and s.weight_decay: raise ValueError("too large")
@@ -48,7 +52,7 @@ def started(folder: Path) -> list[str]:
 
 
 def test_three_kills_of_the_command_leave_one_record_a_cell(tmp_path: Path) -> None:
-    write_function(tmp_path, BODY)
+    write_function(tmp_path, HELPER + BODY)
     command = [*COMMAND, "--workers", "2"]
     for kill in range(3):
         with running(*command, cwd=tmp_path) as process:
@@ -56,7 +60,8 @@ def test_three_kills_of_the_command_leave_one_record_a_cell(tmp_path: Path) -> N
             cells = [pid for pid in children(process.pid) if is_alive(pid)]
             process.kill()
             process.wait()
-            wait_until(lambda cells=cells: not any(map(is_alive, cells)))
+            helpers = [int(line) for line in lines(tmp_path / "helpers")]
+            wait_until(lambda pids=cells + helpers: not any(map(is_alive, pids)))
     (tmp_path / "gate").touch()
     ended = finish(*command, cwd=tmp_path)
     assert ended.returncode == 1

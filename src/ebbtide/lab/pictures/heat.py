@@ -197,13 +197,16 @@ def draw_scale(
     figure: Any, used: Sequence[Any], colors: ColorScale, label: str, *, narrow: bool
 ) -> None:
     """Draw the colour scale beside the axes, or below them where the picture is narrow."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     place: dict[str, Any] = {"location": "bottom", "aspect": 32} if narrow else {"aspect": 24}
     bar = figure.colorbar(colors.mappable, ax=used, extend=colors.extend, pad=0.02, **place)
-    if narrow and not colors.log:
+    if colors.log:
+        bar.locator, bar.formatter = LogLocator(), FuncFormatter(lambda value, _: f"{value:g}")
+        bar.minorformatter = NullFormatter()
+    elif narrow:
         bar.locator = MaxNLocator(5)
-        bar.update_ticks()
+    bar.update_ticks()
     bar.set_label(label, color=colors.theme.ink)
-    bar.ax.tick_params(colors=colors.theme.ink, labelsize=9)
+    bar.ax.tick_params(which="both", colors=colors.theme.ink, labelsize=9)
     bar.outline.set_edgecolor(colors.theme.faint)

@@ -1,10 +1,9 @@
 """The process of one cell: loads the user's file, calls the function, says what came of it.
 
-It is started as `python -P -m ebbtide.lab.sweep.cell FD LIFE`, where FD is one end of a pair of
+It is started as `python -P -m ebbtide.lab.sweep.cell FD`, where FD is one end of a pair of
 sockets. A line of JSON comes in, the order; lines of JSON go out. A second line that comes in,
 whatever it says, asks the function to stop at its next report, and the end of the other side
-ends this one. LIFE is a pipe on which nothing comes but its end, with that of the parent. What
-the function prints goes where the parent put it and is not looked at here.
+ends this one. What the function prints goes where the parent put it and is not looked at here.
 
 Imports the standard library only, so that a cell starts quickly.
 """
@@ -83,7 +82,6 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a cell hangs
     _die_with_parent()
-    _end_group_with_parent(int(sys.argv[2]))
     line = _Line(int(sys.argv[1]))
     order = line.order()
     try:
@@ -109,25 +107,6 @@ def _die_with_parent() -> None:
     """Ask the kernel to end this process with its parent, even while it holds the interpreter."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end_group_with_parent(life: int) -> None:
-    """Start a process that ends what the function started when the parent has ended.
-
-    Nobody else does that after `kill -9` of the parent. It is a child of nobody here, so that a
-    function that waits for its children does not wait for it.
-    """
-    if (child := os.fork()) == 0:
-        if os.fork() == 0:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            for standard in (0, 1, 2):
-                os.dup2(nothing, standard)
-            os.close(int(sys.argv[1]))
-            os.read(life, 1)
-            os.killpg(0, signal.SIGKILL)
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(life)
 
 
 def _load(path: Path, name: str, sha256: str) -> Callable[[Settings], Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ebbtide.lab.sweep.curve import Curve
+from ebbtide.lab.sweep.guardian import guardian
 from ebbtide.lab.sweep.target import Target
 
 __all__ = ["Ending", "Order", "run_cell"]
@@ -96,23 +97,19 @@ class _Child:
 
     def __init__(self, order: Order) -> None:
         self._line, theirs = socket.socketpair()
-        life, self._life = os.pipe()
-        lines = [theirs.fileno(), life]
-        try:
+        with theirs:
             self._process = subprocess.Popen(
                 # -P: the folder of the command is not where modules come from.
-                [sys.executable, "-P", "-m", "ebbtide.lab.sweep.cell", *map(str, lines)],
+                [sys.executable, "-P", "-m", "ebbtide.lab.sweep.cell", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=lines,
+                pass_fds=[theirs.fileno()],
                 # A group of its own: Ctrl-C goes to the sweep, and what it starts ends with it.
                 start_new_session=True,
                 env=_environment(order),
             )
-        finally:
-            theirs.close()
-            os.close(life)
+        guardian().watch(self._process.pid)
         self._began = time.monotonic()
         self._ending = Ending()
         self._output = bytearray()
@@ -133,7 +130,6 @@ class _Child:
         self._end_group(signal.SIGKILL)
         self._process.wait()
         self._line.close()
-        os.close(self._life)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -255,6 +251,7 @@ class _Child:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
+            guardian().forget(self._process.pid)
 
 
 def _environment(order: Order) -> dict[str, str]:

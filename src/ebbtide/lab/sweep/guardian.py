@@ -1,0 +1,77 @@
+"""A process that ends what cells started when the sweep itself is killed.
+
+The kernel ends a cell with its parent, but not what the cell started in turn. One guardian a
+process knows which groups of processes are at work; once the line to it breaks, it ends them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import subprocess
+import sys
+import threading
+
+__all__ = ["Guardian", "guardian"]
+
+_SCRIPT = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class Guardian:
+    """This process's line to its guardian."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # Ctrl-C is for the sweep, which ends its cells itself.
+            start_new_session=True,
+        )
+
+    def watch(self, group: int) -> None:
+        """Take a group of processes into care."""
+        self._say(f"+{group}\n")
+
+    def forget(self, group: int) -> None:
+        """Leave a group alone from now on; its number may be another's soon."""
+        self._say(f"-{group}\n")
+
+    def close(self) -> None:
+        """Let it go."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        # Without it all goes on as well, less what `kill -9` leaves behind.
+        with self._lock, contextlib.suppress(OSError):
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+_starting = threading.Lock()
+_started: list[Guardian] = []
+
+
+def guardian() -> Guardian:
+    """Return this process's guardian, started at its first use."""
+    with _starting:
+        if not _started:
+            _started.append(Guardian())
+            atexit.register(_started[0].close)
+        return _started[0]
