@@ -18,15 +18,23 @@ import ebbtide.torch.rows
 
 # Rows of 5 and 37 elements: shards of 4 and 3 rows begin inside a block of 128.
 SIZES = (5, 7, 37, 3)
+# Matrices large enough for low-bit state, their rows no multiple of 128 and uneven over two ranks.
+WIDE = (65, 127, 33)
 Numbers = dict[str, torch.Tensor]
 
 
-def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+def model_of(
+    dtype: torch.dtype = torch.float32, seed: int = 0, sizes: tuple[int, ...] = SIZES
+) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(SIZES):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers).to(dtype)
+
+
+def sizes_for(options: dict[str, Any]) -> tuple[int, ...]:
+    return WIDE if "state_format" in options else SIZES
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -50,9 +58,10 @@ def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, first: int = 0) -> None:
-    dtype = next(model.parameters()).dtype
+    weight = next(model.parameters())
     for step in range(first, first + steps):
-        inputs = torch.randn(4, SIZES[0], generator=torch.Generator().manual_seed(step)).to(dtype)
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(4, weight.shape[1], generator=generator).to(weight.dtype)
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
@@ -75,14 +84,14 @@ def numbers_of(model: nn.Module, optimizer: Any) -> Numbers:
 
 
 def alone(kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]) -> Numbers:
-    model = model_of(dtype)
+    model = model_of(dtype, sizes=sizes_for(options))
     optimizer = optimizer_of(kind, model, **options)
     train(model, optimizer, steps)
     return numbers_of(model, optimizer)
 
 
 def data_parallel(rank: int, kind: str, steps: int, options: dict[str, Any]) -> Numbers:
-    model = nn.parallel.DistributedDataParallel(model_of())
+    model = nn.parallel.DistributedDataParallel(model_of(sizes=sizes_for(options)))
     optimizer = optimizer_of(kind, model, **options)
     train(model, optimizer, steps)
     return numbers_of(model, optimizer)
@@ -91,7 +100,7 @@ def data_parallel(rank: int, kind: str, steps: int, options: dict[str, Any]) -> 
 def fully_sharded(
     rank: int, kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]
 ) -> Numbers:
-    model = sharded(model_of(dtype))
+    model = sharded(model_of(dtype, sizes=sizes_for(options)))
     optimizer = optimizer_of(kind, model, **options)
     train(model, optimizer, steps)
     return numbers_of(model, optimizer)
@@ -167,25 +176,31 @@ def materialised(rank: int, kind: str, dtype: torch.dtype) -> tuple[Numbers, Num
     return before, after, keys
 
 
-def save_distributed(rank: int, folder: str, dtype: torch.dtype, flatten: bool) -> Numbers:
+def save_distributed(
+    rank: int, folder: str, dtype: torch.dtype, flatten: bool, options: dict[str, Any]
+) -> Numbers:
     """Train, save, train on; returns the numbers at the end."""
-    model = sharded(model_of(dtype))
-    optimizer = optimizer_of("AdamW", model)
+    model = sharded(model_of(dtype, sizes=sizes_for(options)))
+    optimizer = optimizer_of("AdamW", model, **options)
     train(model, optimizer, 2)
     write(folder, model, optimizer, flatten)
     train(model, optimizer, 2, first=2)
     return numbers_of(model, optimizer)
 
 
-def resume_distributed(rank: int, folder: str, dtype: torch.dtype, flatten: bool) -> Numbers:
-    model = sharded(model_of(dtype, seed=1))
-    optimizer = optimizer_of("AdamW", model, lr=0.5)
+def resume_distributed(
+    rank: int, folder: str, dtype: torch.dtype, flatten: bool, options: dict[str, Any]
+) -> Numbers:
+    model = sharded(model_of(dtype, seed=1, sizes=sizes_for(options)))
+    optimizer = optimizer_of("AdamW", model, lr=0.5, **options)
     return resumed(folder, model, optimizer, flatten)
 
 
-def resume_alone(folder: str, dtype: torch.dtype, flatten: bool) -> Numbers:
-    model = model_of(dtype, seed=1)
-    return resumed(folder, model, optimizer_of("AdamW", model, lr=0.5), flatten)
+def resume_alone(
+    folder: str, dtype: torch.dtype, flatten: bool, options: dict[str, Any]
+) -> Numbers:
+    model = model_of(dtype, seed=1, sizes=sizes_for(options))
+    return resumed(folder, model, optimizer_of("AdamW", model, lr=0.5, **options), flatten)
 
 
 def write(folder: str, model: nn.Module, optimizer: Any, flatten: bool) -> None:
@@ -227,26 +242,28 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": arrays}
 
 
-def gathered(rank: int, steps: int) -> dict[str, Any]:
+def gathered(rank: int, steps: int, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
     """The whole state on every rank, by way of torch's own gathering."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    model = sharded(model_of())
-    optimizer = optimizer_of("AdamW", model)
+    model = sharded(model_of(dtype, sizes=sizes_for(options)))
+    optimizer = optimizer_of("AdamW", model, **options)
     train(model, optimizer, steps)
     return get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True)
     )
 
 
-def scattered(rank: int, weights: Numbers, state: dict[str, Any], way: str) -> Numbers:
+def scattered(
+    rank: int, weights: Numbers, state: dict[str, Any], way: str, options: dict[str, Any]
+) -> Numbers:
     """Load a whole state into shards: directly, or by torch's functions from rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    model = model_of()
+    model = model_of(weights["0.weight"].dtype, sizes=sizes_for(options))
     model.load_state_dict(weights)
     model = sharded(model)  # type: ignore[assignment]
-    optimizer = optimizer_of("AdamW", model, lr=0.5)
+    optimizer = optimizer_of("AdamW", model, lr=0.5, **options)
     if way == "load_state_dict":
         optimizer.load_state_dict(state)
     else:
@@ -307,3 +324,18 @@ def columns(rank: int, dtype: torch.dtype) -> tuple[Numbers, Numbers]:
             each.grad = grad if each is plain else distribute_tensor(grad, mesh, [Shard(1)])
             optimizer.step()
     return {"w": whole(param)}, {"w": whole(plain)}
+
+
+def columns_in_eight_bits(rank: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(64, 64), mesh, [Shard(1)]))
+    optimizer = ebbtide.torch.AdamW([("w", param)], state_format="8bit")
+    param.grad = distribute_tensor(torch.ones(64, 64), mesh, [Shard(1)])
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""

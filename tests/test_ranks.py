@@ -16,6 +16,7 @@ from tests.rank_tasks import Numbers
 from tests.two_ranks import TwoRanks
 
 LOW = torch.bfloat16
+EIGHT = {"state_format": "8bit", "master_format": "32bit"}
 KINDS = [
     ("AdamW", {}),
     ("AdamW", {"amsgrad": True, "decay_policy": "corrected", "cautious": True}),
@@ -53,6 +54,37 @@ def test_shards_equal_one_process(
     expected = rank_tasks.alone(kind, dtype, 3, options)
     for numbers in ranks.run(rank_tasks.fully_sharded, kind, dtype, 3, options):
         assert_same(numbers, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, EIGHT),
+        (torch.float32, {"state_format": "8bit", "amsgrad": True, "clip_grad_norm": 1e9}),
+        (LOW, {"state_format": "8bit"}),
+        (LOW, {"state_format": "8bit", "master_format": "24bit"}),
+        (LOW, {"state_format": "bfloat16", "master_format": "32bit"}),
+    ],
+    ids=str,
+)
+def test_low_bit_shards_equal_one_process(
+    ranks: TwoRanks, dtype: torch.dtype, options: dict
+) -> None:
+    expected = rank_tasks.alone("AdamW", dtype, 3, options)
+    for numbers in ranks.run(rank_tasks.fully_sharded, "AdamW", dtype, 3, options):
+        assert_same(numbers, expected)
+
+
+def test_low_bit_replicas_equal_one_process(ranks: TwoRanks) -> None:
+    expected = rank_tasks.alone("AdamW", torch.float32, 3, EIGHT)
+    for numbers in ranks.run(rank_tasks.data_parallel, "AdamW", 3, EIGHT):
+        assert_same(numbers, expected)
+
+
+def test_eight_bits_of_shards_by_columns_are_refused_by_name(ranks: TwoRanks) -> None:
+    for message in ranks.run(rank_tasks.columns_in_eight_bits):
+        assert "parameter 'w'" in message
+        assert "shards by rows" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
@@ -122,27 +154,34 @@ def test_creating_the_state_moves_nothing(ranks: TwoRanks, kind: str, dtype: tor
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, {}), (LOW, {}), (torch.float32, EIGHT), (LOW, EIGHT)],
+    ids=str,
+)  # fmt: skip
 def test_a_distributed_checkpoint_resumes_on_two_ranks_and_on_one(
-    ranks: TwoRanks, tmp_path: Path, dtype: torch.dtype, flatten: bool
+    ranks: TwoRanks, tmp_path: Path, dtype: torch.dtype, options: dict, flatten: bool
 ) -> None:
-    straight, _ = ranks.run(rank_tasks.save_distributed, str(tmp_path), dtype, flatten)
-    for numbers in ranks.run(rank_tasks.resume_distributed, str(tmp_path), dtype, flatten):
+    args = (str(tmp_path), dtype, flatten, options)
+    straight, _ = ranks.run(rank_tasks.save_distributed, *args)
+    for numbers in ranks.run(rank_tasks.resume_distributed, *args):
         assert_same(numbers, straight)
-    assert_same(rank_tasks.resume_alone(str(tmp_path), dtype, flatten), straight)
+    assert_same(rank_tasks.resume_alone(*args), straight)
 
 
 @pytest.mark.parametrize("way", ["load_state_dict", "full", "broadcast"])
-def test_a_whole_state_is_scattered_over_shards(ranks: TwoRanks, way: str) -> None:
-    model = rank_tasks.model_of()
-    optimizer = rank_tasks.optimizer_of("AdamW", model)
+@pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (LOW, EIGHT)], ids=str)
+def test_a_whole_state_is_scattered_over_shards(
+    ranks: TwoRanks, way: str, dtype: torch.dtype, options: dict
+) -> None:
+    model = rank_tasks.model_of(dtype, sizes=rank_tasks.sizes_for(options))
+    optimizer = rank_tasks.optimizer_of("AdamW", model, **options)
     rank_tasks.train(model, optimizer, 2)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state, _ = ranks.run(rank_tasks.gathered, 2)
+    state, _ = ranks.run(rank_tasks.gathered, 2, dtype, options)
     if way == "load_state_dict":
         state = rank_tasks.copied(optimizer.state_dict())
     rank_tasks.train(model, optimizer, 2, first=2)
-    for numbers in ranks.run(rank_tasks.scattered, weights, state, way):
+    for numbers in ranks.run(rank_tasks.scattered, weights, state, way, options):
         assert_same(numbers, rank_tasks.numbers_of(model, optimizer))
 
 
@@ -151,7 +190,7 @@ def test_a_gathered_state_loads_in_one_process(ranks: TwoRanks) -> None:
     optimizer = rank_tasks.optimizer_of("AdamW", model)
     rank_tasks.train(model, optimizer, 2)
     before = rank_tasks.numbers_of(model, optimizer)
-    state, _ = ranks.run(rank_tasks.gathered, 2)
+    state, _ = ranks.run(rank_tasks.gathered, 2, torch.float32, {})
     fresh = ebbtide.torch.AdamW(rank_tasks.groups_of(model), lr=0.5)
     fresh.load_state_dict(state)
     assert_same(rank_tasks.numbers_of(model, fresh), before)

@@ -16,7 +16,7 @@ from ebbtide.checkpoint.flat import flatten, unflatten
 from ebbtide.checkpoint.groups import IMPLEMENTATION, merged_groups
 from ebbtide.checkpoint.kind import kind_of, lacking
 from ebbtide.checkpoint.loading import Loading, prepare
-from ebbtide.checkpoint.match import Difference, Match, Slot, match, saved_slots
+from ebbtide.checkpoint.match import Difference, Match, Slot, match, saved_slots, unwrapped
 from ebbtide.checkpoint.summary import Facts, find_states, summarize
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "saved_slots",
     "summarize",
     "unflatten",
+    "unwrapped",
     "whole_file",
     "write_file",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Difference", "Match", "Slot", "match", "saved_slots"]
+__all__ = ["Difference", "Match", "Slot", "match", "saved_slots", "unwrapped"]
 
 # Components that wrappers put into a parameter's name (DDP, torch.compile, FSDP, checkpointing).
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -226,12 +226,18 @@ def _naming(*sides: Sequence[Slot]) -> Callable[[Slot], str]:
     """Return how slots are called: without wrappers' components, unless that is ambiguous."""
     for side in sides:
         plain = {str(slot.name) for slot in side}
-        if len({_unwrapped(name) for name in plain}) != len(plain):
+        if len({unwrapped(name) for name in plain}) != len(plain):
             return lambda slot: str(slot.name)
-    return lambda slot: _unwrapped(str(slot.name))
+    return lambda slot: unwrapped(str(slot.name))
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return a parameter's name without the components that wrappers put into it.
+
+    Example:
+        >>> unwrapped("module._orig_mod.fc.weight")
+        'fc.weight'
+    """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
 
 

@@ -10,16 +10,16 @@ import torch
 
 from ebbtide.backends.torch_ops import TensorRow
 from ebbtide.backends.triton.support import interprets
-from ebbtide.memory import layout_of
+from ebbtide.checkpoint import unwrapped
 from ebbtide.plan import BLOCK, Plan, Row, salt_of
 from ebbtide.rules import Rule
 from ebbtide.torch import eight_bits
-from ebbtide.torch.ranks import distributed, local_grad, local_of, shard_offset, sharded_like
+from ebbtide.torch.fitting import fitted, fitted_step, is_staged, lies_as_it_reads
+from ebbtide.torch.ranks import distributed, local_grad, local_of, shard_offset
 from ebbtide.torch.storage import (
     Storage,
     conversion,
     fields_of,
-    fitted,
     shape_of,
     storage_of,
     zeros,
@@ -39,7 +39,6 @@ from ebbtide.torch.tensors import (
 __all__ = ["FORMATS", "Planner"]
 
 State = dict[str, Any]
-_DOUBLE = (torch.float64, torch.complex128)
 
 
 @dataclass
@@ -200,12 +199,12 @@ class Planner:
                     f"state {key!r} of parameter {name!r} is {value.dtype} of shape "
                     f"{tuple(value.shape)}, the parameter {param.dtype} of {tuple(param.shape)}"
                 )
-            fit = _fitted(key, value, param, storage, kernels=kernels)
+            fit = fitted(key, value, param, storage, kernels=kernels)
             if fit is not value:
                 changes[key] = fit
         if "step" in state:
             step = state["step"]
-            fit = _fitted_step(step, home)
+            fit = fitted_step(step, home)
             if fit.data_ptr() in self._counters:  # one counter for several parameters
                 fit = fit.clone()
             self._counters.add(fit.data_ptr())
@@ -227,14 +226,14 @@ class Planner:
         # added up) must live until the step is taken, and is not what the next one will see.
         own = grad is param.grad and theirs is local_of(grad)
         keep: list[object] = [] if own else [theirs]
-        if _is_staged(mine, storage):
+        if is_staged(mine, storage):
             target, mine = mine, mine.clone(memory_format=torch.contiguous_format)
             mine = mine.resolve_conj().resolve_neg()
             self.staged.append((target, mine))
             keep.append(mine)
         dtype = mine.dtype if torch.float64 in (mine.dtype, theirs.dtype) else theirs.dtype
         alike = theirs.dtype == dtype and extents(theirs) == extents(mine)
-        if not (alike and _lies_as_it_reads(theirs)):
+        if not (alike and lies_as_it_reads(theirs)):
             theirs = torch.empty_like(mine, dtype=dtype).copy_(theirs)
             keep.append(theirs)
         step = state.get("step")
@@ -258,7 +257,7 @@ class Planner:
             run_length=run_length,
             lead=lead,
             first_block=first_block,
-            salt=salt_of(name),
+            salt=salt_of(unwrapped(name)),
             step_address=0 if step is None else step.data_ptr(),
             step_is_double=step is not None and step.dtype == torch.float64,
             count=count,
@@ -297,7 +296,7 @@ class Planner:
                 count=count,
                 differentiable=differentiable,
                 capturable=bool(group.get("capturable")),
-                salt=salt_of(name),
+                salt=salt_of(unwrapped(name)),
                 offset=shard_offset(param) if param.dtype in LOW_PRECISION else 0,
             )
         )
@@ -347,55 +346,6 @@ def _blocks(param: torch.Tensor, storage: Storage, numel: int) -> tuple[int, int
     run_length = numel // local_of(param).shape[0]
     _, blocks = eight_bits.blocks_of(param.shape)
     return run_length, 0, offset // run_length * blocks
-
-
-def _is_staged(tensor: torch.Tensor, storage: Storage) -> bool:
-    """Whether the kernels get a copy: memory with gaps, or that reads otherwise than it lies.
-
-    Blocks of coded state follow the order of the indices.
-    """
-    if not _lies_as_it_reads(tensor) or (storage.coded and not tensor.is_contiguous()):
-        return True
-    return layout_of(tensor.shape, tensor.stride()) != "dense"
-
-
-def _lies_as_it_reads(tensor: torch.Tensor) -> bool:
-    """Whether the memory holds the numbers themselves, at addresses that suit their size."""
-    itemsize = tensor.element_size() // (2 if tensor.is_complex() else 1)
-    lazy = tensor.is_conj() or tensor.is_neg()
-    return not lazy and (tensor.numel() == 0 or tensor.data_ptr() % itemsize == 0)
-
-
-def _fitted(
-    key: str, value: torch.Tensor, param: torch.Tensor, storage: Storage, *, kernels: bool
-) -> torch.Tensor:
-    """Return a state array where a step can use it; the array itself where it can already."""
-    if value.device != param.device:
-        value = value.to(param.device)
-    if not kernels:
-        return value
-    mine, local = local_of(param.detach()), local_of(value)
-    if _is_staged(mine, storage):
-        mine = torch.empty(mine.shape, dtype=mine.dtype, device="meta")
-    if storage.coded or key == "residual":
-        return fitted(key, value, param, mine)
-    dtype = local.dtype
-    if dtype != mine.dtype and (dtype in _DOUBLE or mine.dtype in _DOUBLE):
-        dtype = mine.dtype
-    alike = local.dtype == dtype and extents(local) == extents(mine)
-    if alike and _lies_as_it_reads(local):
-        return value
-    laid = torch.empty_like(mine, dtype=dtype, device=local.device).copy_(local)
-    return sharded_like(laid, param)
-
-
-def _fitted_step(step: Any, device: torch.device | None) -> torch.Tensor:
-    if not isinstance(step, torch.Tensor):
-        return torch.tensor(float(step))
-    counter: torch.Tensor = step
-    if counter.dtype not in (torch.float32, torch.float64):
-        counter = counter.to(torch.float32)
-    return counter if device is None else counter.to(device)
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:

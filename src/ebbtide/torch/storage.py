@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ebbtide.groups import is_embedding_of_group, master_format_for, state_format_for
-from ebbtide.memory import extents_of
 from ebbtide.plan import Field, Format
 from ebbtide.torch import eight_bits
 from ebbtide.torch.ranks import local_of, sharded_like
@@ -25,8 +24,9 @@ __all__ = [
     "Storage",
     "conversion",
     "fields_of",
-    "fitted",
     "is_coded",
+    "joined",
+    "pairs",
     "plain",
     "problem_of_coded",
     "shape_of",
@@ -111,7 +111,7 @@ def zeros(key: str, param: torch.Tensor, storage: Storage) -> torch.Tensor:
     """Return a new state array."""
     mine = local_of(param.detach())
     if key == "residual" and storage.residual_bits == 16:
-        made = _pairs(torch.zeros_like(mine, dtype=torch.int16))
+        made = pairs(torch.zeros_like(mine, dtype=torch.int16))
     elif key == "residual":
         made = torch.zeros_like(mine, dtype=torch.int8)
     elif storage.coded:
@@ -132,34 +132,6 @@ def fields_of(state: Mapping[str, Any], keys: Iterable[str]) -> tuple[Field, ...
         )
         for key, each in formats.items()
     )
-
-
-def fitted(key: str, value: torch.Tensor, param: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    """Return a coded array or a residual where a step can use it; itself where it can already.
-
-    Args:
-        key: Of the array.
-        value: The array.
-        param: Whose state it is.
-        mine: What a step works on: this process's part of the parameter, or the copy of it.
-    """
-    local = local_of(value)
-    if local.device != mine.device and not mine.is_meta:
-        local = local.to(mine.device)
-    if key != "residual":
-        laid = local.contiguous()
-    elif local.dtype == torch.uint8:
-        strides = (*(2 * stride for stride in mine.stride()), 1)
-        fits = extents_of(local.shape, local.stride()) == extents_of(local.shape, strides)
-        empty = torch.empty_like(mine, dtype=torch.int16, device=local.device)
-        laid = local if fits else _pairs(empty.copy_(_joined(local)))
-    else:
-        fits = extents_of(local.shape, local.stride()) == extents_of(mine.shape, mine.stride())
-        empty = torch.empty_like(mine, dtype=torch.int8, device=local.device)
-        laid = local if fits else empty.copy_(local)
-    if laid is local_of(value):
-        return value
-    return sharded_like(laid, param, tuple(value.shape))
 
 
 def plain(state: Mapping[str, Any]) -> State:
@@ -229,21 +201,22 @@ def _converted_residual(
         return {}, []
     local = local_of(residual)
     if storage.residual_bits == 16:
-        local = _pairs(local.to(torch.int16) << 8)
+        local = pairs(local.to(torch.int16) << 8)
     else:
-        local = (_joined(local) >> 8).to(torch.int8)
+        local = (joined(local) >> 8).to(torch.int8)
     return {"residual": sharded_like(local, param, shape_of("residual", param, 16))}, []
 
 
-def _pairs(numbers: torch.Tensor) -> torch.Tensor:
+def pairs(numbers: torch.Tensor) -> torch.Tensor:
     """Return int16 numbers as pairs of bytes over the same memory."""
     strides = (*(2 * stride for stride in numbers.stride()), 1)
     flat = numbers.as_strided((numbers.numel(),), (1,)).view(torch.uint8)
     return flat.as_strided((*numbers.shape, 2), strides)
 
 
-def _joined(pairs: torch.Tensor) -> torch.Tensor:
-    return pairs[..., 0].to(torch.int16) | pairs[..., 1].to(torch.int16) << 8
+def joined(stored: torch.Tensor) -> torch.Tensor:
+    """Return the int16 numbers of pairs of bytes."""
+    return stored[..., 0].to(torch.int16) | stored[..., 1].to(torch.int16) << 8
 
 
 def _local_shape(key: str, param: torch.Tensor) -> tuple[int, ...]:
