@@ -144,3 +144,10 @@ def test_neighbouring_seeds_share_no_run() -> None:
     first, second = (Request(seed=seed).experiment() for seed in (0, 1))
     seeds = [*first.selection_seeds, *first.test_seeds, *second.selection_seeds, *second.test_seeds]
     assert len(seeds) == len(set(seeds))
+
+
+def test_an_optimizer_that_did_best_without_decay_is_not_compared_with_itself() -> None:
+    (result,) = run(experiment(FormulaArm(), weight_decays=(0.0,)), Counter())
+    assert decay_sentence(result) == (
+        "Adam + L2 and AdamW did best without weight decay, by the validation data."
+    )

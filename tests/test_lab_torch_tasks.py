@@ -21,6 +21,7 @@ from ebbtide.lab.optimizers import OPTIMIZERS, choose_optimizers
 from ebbtide.lab.tasks import Cell, Outcomes, Task, load_task
 from ebbtide.lab.torch_training import new_model, one_torch_thread
 from ebbtide.schedules import Cosine
+from tests.lab import Counter
 
 ARMS = [charlm.CharacterArm(4), convnet.ConvolutionalArm(4)]
 each_arm = pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
@@ -177,16 +178,9 @@ def test_the_report_records_the_text(tmp_path: Path) -> None:
         small, choose_optimizers("adam,adamw"), (1e-3, 1e-2), (0.0, 0.1), (0,), (5, 6)
     )
 
-    class Watcher:
-        def start(self, title: str, total: int) -> None:
-            self.left = total
-
-        def advance(self, units: int) -> None:
-            self.left -= units
-
-    watcher = Watcher()
-    arms = run(experiment, watcher)
-    assert watcher.left == 0
+    counter = Counter()
+    arms = run(experiment, counter)
+    assert counter.done == counter.total
     write_report(experiment, arms, tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()
     text = "\n\n".join(charlm.text_of())

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from ebbtide.cli import app
 from ebbtide.lab.errors import InputError, Stopped
+from ebbtide.lab.experiment import KeepsCalls
+from ebbtide.lab.memory import Unfinished
 from ebbtide.lab.optimizers import OPTIMIZERS
 from ebbtide.lab.parallel import stoppable
 from ebbtide.lab.tasks import Arm, Cell, Outcomes, load_task
@@ -68,6 +70,22 @@ def train(arm: Arm, cells: list[Cell], seeds: list[int], points: int = 5) -> Out
 
 
 CELLS = [Cell(0.1, 0.0), Cell(1.0, 2.0)]
+
+
+def test_a_call_that_came_to_its_end_is_never_made_again(tmp_path: Path, file: Path) -> None:
+    counting = "\ndef counted(s):\n    open('%s', 'a').write('x')\n    return s.lr\n"
+    file.write_text(CODE + counting % (tmp_path / "calls"))
+    kept = Unfinished(tmp_path / "unfinished", {})
+
+    def arm() -> Arm:
+        found = arm_of(file, "counted")
+        assert isinstance(found, KeepsCalls)
+        return found.keeping(kept)
+
+    first = train(arm(), CELLS, [1])
+    again = train(arm(), CELLS, [1, 2])
+    assert first.validation.tolist() == again.validation[:1].tolist() == [[0.1, 1.0]]
+    assert (tmp_path / "calls").read_text() == "x" * 4
 
 
 def test_one_number_chooses_and_is_reported(file: Path) -> None:

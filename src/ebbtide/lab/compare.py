@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebbtide.lab.conclusions import advantages, difference_words, effects, range_words
+from ebbtide.lab.conclusions import advantages, difference_words, effects, join, range_words
 from ebbtide.lab.experiment import ArmResult, Experiment, OptimizerResult
 from ebbtide.lab.export import as_json, csv_files, to_bytes
 from ebbtide.lab.folder import RESULTS, replace_folder
@@ -208,9 +208,15 @@ def decay_sentence(arm: ArmResult) -> str:
     if not gains:
         cells = [f"{r.spec.label}'s at lr {format_value(r.best.lr)}" for r in arm.results]
         return f"The best cells lie where the frames are: {', '.join(cells)}."
+    # A best cell without decay would be compared with itself.
+    without = [result.spec.label for result in arm.results if result.best.weight_decay == 0]
+    decayed = {label: gain for label, gain in gains.items() if label not in without}
     said = effects(
-        "Weight decay", f"test {metric.name}", gains, unit=_points(metric), decimals=metric.decimals
-    )
+        "Weight decay", f"test {metric.name}", decayed,
+        unit=_points(metric), decimals=metric.decimals,
+    ) if decayed else ""  # fmt: skip
+    if without:
+        said += f" {join(without)} did best without weight decay, by the validation data."
     return " ".join(said.split())
 
 

@@ -16,7 +16,7 @@ __all__ = ["ColorScale", "HeatMap", "HeatMaps", "draw_heat_maps", "draw_scale"]
 
 _MOST_COLUMNS = 4
 _MOST_PRINTED = 12  # cells across, beyond which numbers would overlap
-_MANY_TIMES = 50  # the good end: then equal ratios get equal steps of colour
+_MANY_TIMES = 20  # the good end: then equal ratios get equal steps of colour
 _QUANTILE = 0.3  # of the cells lie beyond the end of the colour scale that matters less
 
 
