@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "momentum float32": (kernels.step, {**ADAM, "RULE": 1, "STATE1": -1}, WARPS[4]),
     "norm": (
         norm.sum_squares,
-        {"GRAD": 0, "FINITE_ONLY": True, "BLOCKS": BLOCKS, "PROGRAMS": 1024}, 4),
+        {"FINITE_ONLY": True, "SIZE": 128 * BLOCKS}, 4),
     "prepare adam": (prologue.prepare, dict.fromkeys((
         "DECIDE", "JUDGED", "FOUND_INF", "LOSS_SCALE", "CLIP", "SKIP", "ADAM"), True), 1),
     "prepare sgd": (prologue.prepare, dict.fromkeys((

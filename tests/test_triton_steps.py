@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ebbtide.torch.base
+import ebbtide.torch.watch
 from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import TRITON_DEVICE_SCALARS
 
@@ -100,6 +101,31 @@ def test_what_moves_is_noticed(what: str, device: str) -> None:
         move(theirs)
         theirs.step(2)
     assert_same_bits(ours.numbers(), theirs.numbers())
+
+
+@pytest.mark.parametrize("arrays", ["all", "one"])
+def test_state_that_moves_in_a_large_optimizer_is_noticed_in_its_turn(
+    arrays: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ebbtide.torch.watch, "_AT_ONCE", 2)
+    run = run_of(device).step(2)
+    moved = [
+        value
+        for param in run.params[: 3 if arrays == "all" else 1]
+        for key, value in run.optimizer.state[param].items()
+        if arrays == "all" or key == "exp_avg_sq"
+    ]
+    for value in moved:
+        value.data = value.clone()
+    planned = []
+    planner = ebbtide.torch.base.Planner
+    monkeypatch.setattr(
+        ebbtide.torch.base, "Planner", lambda *words: planned.append(1) or planner(*words)
+    )
+    turns = len([v for state in run.optimizer.state.values() for v in state.values()]) // 2
+    for _ in range(1 if arrays == "all" else turns):
+        run.step()
+    assert planned == [1]
 
 
 def test_a_gradient_that_comes_late_starts_its_own_count(device: str) -> None:

@@ -129,6 +129,32 @@ def test_clipping_takes_two_more_launches(max_norm: float, dtype: torch.dtype, d
         torch.testing.assert_close(mine[key], value, **TRITON_CLIPPED)
 
 
+def test_the_norm_over_every_dtype_takes_one_launch(device: str) -> None:
+    """Gradients of four dtypes, one of them misaligned, one not a whole tile."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+    def run(where: str) -> Run:
+        generator = torch.Generator().manual_seed(0)
+        run = Run("SGD", [(3,)], where, clip_grad_norm=0.5, lr=0.1)
+        run.grads()
+        params = []
+        for index, (dtype, size) in enumerate(zip(dtypes, (2060, 1024, 1030, 5), strict=True)):
+            memory = torch.randn(size + 1, generator=generator).to(where, dtype)
+            params.append(torch.zeros(size, device=where, dtype=dtype).requires_grad_())
+            params[-1].grad = memory[index % 2 : size + index % 2]
+        run.optimizer.add_param_group({"params": [(f"p{i}", p) for i, p in enumerate(params)]})
+        run.optimizer.step()
+        return run
+
+    ours = run(device)
+    with by_the_core():
+        theirs = run(INTERPRETER)
+    assert ours.optimizer.last_grad_norm == pytest.approx(
+        theirs.optimizer.last_grad_norm, **GRAD_NORM
+    )
+    assert ours.backend.launches == len(dtypes) + 2
+
+
 def test_clipping_leaves_out_elements_that_are_not_finite(device: str) -> None:
     ours = run_on(device, clip_grad_norm=0.5)
     spoilt_step(ours, 0, 2)

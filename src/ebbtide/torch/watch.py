@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch"]
 
-_TURNS = 16  # steps within which every state array is looked at
+# State arrays are looked at in turns of so many at least, which costs some microseconds.
+_AT_ONCE = 64
+_TURNS = 16  # at most
 _address = torch.Tensor.data_ptr
 _strides = torch.Tensor.stride
 _dtype = attrgetter("dtype")
@@ -27,9 +29,10 @@ _grad = attrgetter("grad")
 class Watch:
     """What must still be true of an optimizer for its plan to hold.
 
-    State that is given other memory (`tensor.data = ...`) is noticed within 16 steps; until then it
-    is the old memory that is stepped, which is held here. Parameters and gradients are looked at
-    in every step.
+    State that is given other memory (`tensor.data = ...`) is noticed at once where it is all of it,
+    or of an optimizer with 64 arrays at most; a single array of a larger one within 16 steps, and
+    until then its old memory is stepped, which is held here. Parameters and gradients are looked
+    at in every step.
 
     Args:
         optimizer: Whose plan has just been taken.
@@ -56,6 +59,7 @@ class Watch:
         self._values = [state[key] for state, key in items]
         self._tensors = [local_of(each) for each in self._values if torch.is_tensor(each)]
         self._held = [tensor.detach() for tensor in self._tensors]
+        self._turns = min(_TURNS, max(1, len(self._tensors) // _AT_ONCE))
         self._looks = 0
 
     def gradients(self, optimizer: Optimizer) -> list[int] | None:
@@ -85,7 +89,7 @@ class Watch:
         ):
             return False
         self._looks += 1
-        part = slice(self._looks % _TURNS, None, _TURNS)
+        part = slice(self._looks % self._turns, None, self._turns)
         looked_at, held = self._tensors[part], self._held[part]
         return (
             list(map(_address, looked_at)) == list(map(_address, held))

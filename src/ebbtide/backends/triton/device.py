@@ -19,7 +19,7 @@ from ebbtide.backends.triton.tables import (
     lane_constants,
     numbers_of,
 )
-from ebbtide.plan import Bucket, Row
+from ebbtide.plan import BLOCK, Bucket, Row
 from ebbtide.rules import Rule, Scalars
 
 __all__ = ["BLOCKS", "Device", "Question"]
@@ -102,6 +102,7 @@ class Device:
         self._counted: list[torch.Tensor] = []
         self._sent: dict[str, Any] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
+        self._table = self._grads = self._row_of_tile = self._lanes[:0]
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
@@ -145,33 +146,23 @@ class Device:
         """Let the rows have their gradients elsewhere, in the order of `rows`."""
         if self._sent.get("grads") == addresses:
             return
-        parts, at = [], 0
-        for launch in self._launches:
-            part = addresses[at : at + len(launch.rows)]
-            parts.append(torch.tensor(part, dtype=torch.int64))
-            at += len(part)
-        sent = self._send("grads", parts, addresses)
-        for launch, grads in zip(self._launches, sent, strict=True):
-            launch.grads = grads
+        part = torch.tensor(addresses, dtype=torch.int64)
+        self._grads = self._send("grads", [part], addresses)[0]
 
     def partial_sums(self, question: Question) -> torch.Tensor:
         """Return sums of squares, on the device; their sum is that of all gradients."""
-        if not question.wants_norm:
+        tiles = self._row_of_tile.numel()
+        if not question.wants_norm or not tiles:
             return self.verdict[:0]
-        launches = [launch for launch in self._launches if launch.tiles]
-        sizes = [min(SUMMING, launch.tiles) for launch in launches]
+        size = min(SUMMING, tiles)
         with self._on_device():
-            sums = torch.empty(sum(sizes), dtype=torch.float64, device=self.device)
-            at = 0
-            for launch, size in zip(launches, sizes, strict=True):
-                table, row_of_tile = launch.tables
-                norm.sum_squares[(size,)](
-                    table, launch.grads, row_of_tile, launch.tiles, sums[at:],
-                    GRAD=launch.kind.grad, FINITE_ONLY=question.finite_only, BLOCKS=BLOCKS,
-                    PROGRAMS=size, num_warps=4, enable_fp_fusion=False,
-                )  # fmt: skip
-                self.launches += 1
-                at += size
+            sums = torch.empty(size, dtype=torch.float64, device=self.device)
+            norm.sum_squares[(size,)](
+                self._table, self._grads, self._row_of_tile, tiles, sums,
+                FINITE_ONLY=question.finite_only, SIZE=BLOCKS * BLOCK, num_warps=4,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        self.launches += 1
         return sums
 
     def decide(self, rule: Rule, question: Question, partial: torch.Tensor, groups: Groups) -> None:
@@ -246,13 +237,12 @@ class Device:
     def _launch(
         self, rule: Rule, launch: Launch, scalars: torch.Tensor, *, guard: bool, judged: bool
     ) -> None:
-        table, row_of_tile = launch.tables
         kind = launch.kind
         kernels.step[(launch.tiles,)](
-            table, launch.grads, row_of_tile, scalars, self.verdict, self._lanes, self._spoilt,
-            self._alarm.data_ptr(), RULE=0 if rule.name == "adam" else 1, PARAM=kind.param,
-            RESIDUAL=kind.residual_bits, GRAD=kind.grad, STATE0=kind.state[0],
-            STATE1=kind.state[1], STATE2=kind.state[2],
+            self._table, self._grads, launch.row_of_tile, scalars, self.verdict, self._lanes,
+            self._spoilt, self._alarm.data_ptr(), RULE=0 if rule.name == "adam" else 1,
+            PARAM=kind.param, RESIDUAL=kind.residual_bits, GRAD=kind.grad,
+            STATE0=kind.state[0], STATE1=kind.state[1], STATE2=kind.state[2],
             STOCHASTIC=kind.stochastic, GUARD=guard, JUDGED=judged, BLOCKS=BLOCKS,
             num_warps=WARPS[kind.narrowest], enable_fp_fusion=False,
         )  # fmt: skip
@@ -283,16 +273,24 @@ class Device:
         return [(entry, count, step) for entry, (step, count) in enumerate(found) if step]
 
     def _send_tables(self, counted: list[int], entries: int) -> None:
-        parts = [part for launch in self._launches for part in launch.host_tables()]
-        parts.append(torch.tensor(counted, dtype=torch.int64))
-        sent = self._send("tables", parts, None)
-        for index, launch in enumerate(self._launches):
-            launch.tables = sent[2 * index], sent[2 * index + 1]
+        columns, row_of_tile, rows, places = [], [], 0, [0]
+        for launch in self._launches:
+            parts = launch.host_tables(rows, places[-1])
+            columns.append(parts[0])
+            row_of_tile.append(parts[1])
+            rows += len(launch.rows)
+            places.append(places[-1] + launch.padded_tiles)
+        nothing = torch.empty(0, dtype=torch.int64)
+        tables = [torch.cat(columns or [nothing]), torch.cat(row_of_tile or [nothing.int()])]
+        tables.append(torch.tensor(counted, dtype=torch.int64))
+        self._table, self._row_of_tile, counters = self._send("tables", tables, None)
+        for launch, place in zip(self._launches, places, strict=False):
+            launch.row_of_tile = self._row_of_tile[place : place + launch.tiles]
         with self._on_device():
             if counted:
                 shape = (len(counted) // 3, len(Scalars._fields))
                 scalars = torch.empty(shape, dtype=torch.float64, device=self.device)
-                self._counted = [sent[-1], scalars]
+                self._counted = [counters, scalars]
             if self._spoilt.shape[0] < entries:
                 self._spoilt = torch.zeros((entries, 2), dtype=torch.int64, device=self.device)
 

@@ -30,7 +30,7 @@ _GROUP = tl.constexpr(len(NUMBERS))
 _SCALAR_COUNT = tl.constexpr(17)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials", "count"])
 def prepare(
     verdict: tl.tensor,
     partial: tl.tensor,

@@ -7,11 +7,12 @@ import triton.language as tl
 
 __all__ = ["COLUMNS", "located"]
 
-# Columns of a row in the table, all int64.
+# Columns of a row in the table, all int64. "first_tile" counts the tiles of the row's launch,
+# "tiles_before" those of all launches.
 COLUMNS = (
     "param", "state0", "state1", "state2", "scale0", "scale1", "scale2", "residual", "numel",
     "blocks", "run_length", "lead", "first_block", "salt", "first_tile", "scalars", "entry",
-    "aligned",
+    "aligned", "grad_format", "tiles_before",
 )  # fmt: skip
 ROW_PARAM = tl.constexpr(0)
 ROW_STATE = tl.constexpr(1)
@@ -27,6 +28,8 @@ ROW_FIRST_TILE = tl.constexpr(14)
 ROW_SCALARS = tl.constexpr(15)
 ROW_ENTRY = tl.constexpr(16)
 ROW_ALIGNED = tl.constexpr(17)
+ROW_GRAD_FORMAT = tl.constexpr(18)
+ROW_TILES_BEFORE = tl.constexpr(19)
 ROW_WIDTH = tl.constexpr(len(COLUMNS))
 
 

@@ -18,6 +18,8 @@ from ebbtide.plan import BLOCK, Format, Row
 
 __all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
 
+_TILES_IN_16_BYTES = 4
+
 
 class Kind(NamedTuple):
     """What rows must share to be stepped by one launch.
@@ -53,19 +55,17 @@ class Launch:
         kind: What the rows share.
         rows: (entry of the plan, row).
         tiles: Number of tiles, of `blocks` blocks each.
-        tables: The rows' columns and the row of each tile, on the device.
-        grads: Address of each row's gradient, on the device.
+        row_of_tile: Index of the row of each tile, on the device.
     """
 
     def __init__(self, kind: Kind, blocks: int) -> None:
         self.kind = kind
         self.rows: list[tuple[int, Row]] = []
         self.tiles = 0
-        self.tables: tuple[torch.Tensor, torch.Tensor]
-        self.grads: torch.Tensor
+        self.row_of_tile: torch.Tensor
         self._blocks = blocks
         self._columns: list[int] = []
-        self._row_of_tile: list[int] = []
+        self._tiles_of_rows: list[int] = []
 
     def add(self, entry: int, row: Row, scalars: int) -> None:
         """Add a row.
@@ -94,19 +94,35 @@ class Launch:
             "scalars": scalars,
             "entry": entry,
             "aligned": int(aligned),
+            "grad_format": int(row.grad.format),
+            "tiles_before": self.tiles,
         }
         self._columns += [columns.get(name, 0) for name in COLUMNS]
         tiles = -(-_blocks_of(row) // self._blocks)
-        self._row_of_tile += [len(self.rows)] * tiles
+        self._tiles_of_rows.append(tiles)
         self.tiles += tiles
         self.rows.append((entry, row))
 
-    def host_tables(self) -> list[torch.Tensor]:
-        """Return the rows' columns and the row of each tile, on the host."""
-        return [
-            torch.tensor(self._columns, dtype=torch.int64),
-            torch.tensor(self._row_of_tile, dtype=torch.int32),
-        ]
+    @property
+    def padded_tiles(self) -> int:
+        """Number of tiles with those added so that another launch's begin at 16 bytes."""
+        return -(-self.tiles // _TILES_IN_16_BYTES) * _TILES_IN_16_BYTES
+
+    def host_tables(self, rows_before: int, tiles_before: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows' columns and the row of each tile, on the host.
+
+        Tiles that are added belong to the last row, behind its end.
+
+        Args:
+            rows_before: Rows of the launches before.
+            tiles_before: Their tiles, padded.
+        """
+        columns = torch.tensor(self._columns, dtype=torch.int64).view(-1, len(COLUMNS))
+        columns[:, COLUMNS.index("tiles_before")] += tiles_before
+        tiles = torch.tensor(self._tiles_of_rows)
+        tiles[-1] += self.padded_tiles - self.tiles
+        index = torch.arange(rows_before, rows_before + len(self.rows), dtype=torch.int32)
+        return columns.flatten(), torch.repeat_interleave(index, tiles)
 
 
 class Uploader:
