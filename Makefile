@@ -25,7 +25,7 @@ demo: .venv/lab
 	$(BIN)/ebbtide compare --out reports/demo
 
 test: .venv/everything
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n auto --dist loadfile -m 'not slow and not gpu'
 
 test-all: .venv/everything
 	$(BIN)/pytest -m 'slow and not gpu'
@@ -56,7 +56,7 @@ wheel: .venv/tools
 	$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv --clear build/wheel
 	build/wheel/bin/pip install -qq --constraint constraints.txt "$$(ls dist/*.whl)[lab,torch,dev]"
-	build/wheel/bin/pytest -m 'not slow and not gpu' tests
+	build/wheel/bin/pytest -n auto --dist loadfile -m 'not slow and not gpu' tests
 
 docs: .venv/tools
 	$(INSTALL) zensical
