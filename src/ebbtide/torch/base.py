@@ -233,8 +233,8 @@ class Optimizer(torch.optim.Optimizer):
     def _plan_alone(self) -> Outcome:
         if self._planning:
             raise RuntimeError("this optimizer is already stepping in another thread")
-        self._planning = True
         try:
+            self._planning = True
             with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
                 return self._plan_and_run()
         finally:
