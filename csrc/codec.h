@@ -17,6 +17,7 @@ struct Block {
   int64_t start;   // element of the row
   int n;           // elements
   int first_lane;  // lane of the first element: not 0 where a shard starts inside a block
+  int64_t whole;   // whole blocks from here to the end of the run
 };
 
 inline Block locate(const Row& row, int64_t block) {
@@ -27,7 +28,7 @@ inline Block locate(const Row& row, int64_t block) {
   int64_t stop = from + kBlock;
   if (stop > row.run_length) stop = row.run_length;
   return {row.first_block + block, run * row.run_length + start, int(stop - start),
-          int(start - from)};
+          int(start - from), (row.run_length - start) / kBlock};
 }
 
 // First element of a block; the number of elements for the block after the last.

@@ -9,8 +9,8 @@
 namespace ebbtide {
 namespace {
 
-template <typename S>
-Scalars<S> narrow(const StepScalars& s) {
+template <typename S, bool kPlain = false>
+Scalars<S, kPlain> narrow(const StepScalars& s) {
   return {S(s.lr),
           S(1 - s.decay),
           S(s.l2),
@@ -33,31 +33,30 @@ inline auto finite(V x) {
   return x - x == V{};
 }
 
-// One block; returns how many elements were left untouched.
-template <class R, bool kGuard, class P, class G, class S>
-EBBTIDE_INLINE int64_t step_block(const P& param, const G& grad, S& state, Words words,
-                                  const Scalars<float>& s) {
-  UintLanes stepped{};
-  state.open();
-  EBBTIDE_UNROLL
+// Updates one block and leaves its state to be encoded; returns how many elements were left
+// untouched.
+template <class R, class P, class G, class S, class Numbers>
+EBBTIDE_INLINE int64_t update_block(const P& param, const G& grad, S& state, Words words,
+                                    const Numbers& s, bool guard) {
+  int64_t untouched = 0;
+  auto running = state.open();
   for (int j = 0; j < kBlock; j += kLanes) {
     const Lanes old_p = param.get(j);
     Lanes new_p = old_p, old_state[S::kState + 1], new_state[S::kState + 1];
-    state.get(j, old_state);
+    state.get(j, running, old_state);
     for (int k = 0; k < S::kState; ++k) new_state[k] = old_state[k];
-    const Lanes witness = R::template apply<Lanes, float>(new_p, grad.get(j), new_state, s);
-    if constexpr (kGuard) {
-      const IntLanes ok = finite(witness);
-      stepped -= (UintLanes)ok;  // lanes compare to -1
-      new_p = ok ? new_p : old_p;
-      for (int k = 0; k < S::kState; ++k) new_state[k] = ok ? new_state[k] : old_state[k];
+    const Lanes witness = R::apply(new_p, grad.get(j), new_state, s);
+    const Mask ok = R::finite(witness);
+    if (!all(ok) && guard) [[unlikely]] {
+      untouched += kLanes - count(ok);
+      new_p = choose(ok, new_p, old_p);
+      for (int k = 0; k < S::kState; ++k) new_state[k] = choose(ok, new_state[k], old_state[k]);
     }
     param.put(j, new_p, words_at(j, words.param));
-    state.put(j, new_state, words.state);
+    state.put(j, running, new_state, words.state);
   }
-  state.close(words.state);
-  if constexpr (!kGuard) return 0;
-  return kBlock - int64_t(total(stepped));
+  state.settle(running);
+  return untouched;
 }
 
 // The arrays of a row: parameter, gradient, residual, state.
@@ -125,34 +124,48 @@ inline Moments8<kCount> moments8(const Row& row, char* const* at, int64_t block)
   return state;
 }
 
-constexpr int64_t kBlocksAhead = 4;  // a block fills the window in which a core reorders
+// Blocks that are updated before the first of them is encoded: how to encode one depends on all its
+// elements, and the time that this takes to be known passes with the next one's arithmetic.
+constexpr int kTogether = 4;
 
 // The blocks [begin, end) of a row; `streams(at, block)` makes the streams of one block.
-template <class R, bool kGuard, class Streams>
-int64_t step_blocks(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end,
-                    const Streams& streams) {
-  const Scalars<float> s = narrow<float>(scalars);
+template <class R, bool kPlain, class Streams>
+int64_t step_blocks(const Row& row, const StepScalars& scalars, bool guard, int64_t begin,
+                    int64_t end, const Streams& streams) {
+  const auto s = narrow<float, kPlain>(scalars);
   const RowBits bits(uint64_t(scalars.seed), uint64_t(scalars.step), row.salt);
   const Arrays arrays(row, R::kState);
+  using State = std::tuple_element_t<2, decltype(streams(nullptr, 0))>;
+  State states[kTogether];
   Staging staging;
   int64_t untouched = 0;
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t block = begin; block < end;) {
     const Block b = locate(row, block);
+    const bool whole = b.n == kBlock;
+    const int count = whole ? int(std::min({int64_t(kTogether), b.whole, end - block})) : 1;
     char* at[kArrays] = {};
-    if (b.n < kBlock) {
-      staging.copy_in(arrays, b, at);
+    if (whole) {
+      for (int k = 0; k < kArrays; ++k) at[k] = arrays.data[k] + b.start * arrays.bytes[k];
     } else {
-      for (int k = 0; k < kArrays; ++k) {
-        if (arrays.bytes[k] == 0) continue;
-        at[k] = arrays.data[k] + b.start * arrays.bytes[k];
-        for (int64_t line = 0; line < kBlock * arrays.bytes[k]; line += 64) {
-          __builtin_prefetch(at[k] + kBlocksAhead * kBlock * arrays.bytes[k] + line);
-        }
-      }
+      staging.copy_in(arrays, b, at);
     }
-    auto [param, grad, state] = streams(at, block);
-    untouched += step_block<R, kGuard>(param, grad, state, bits.of(b.index), s);
-    if (b.n < kBlock) staging.copy_out(arrays, b);
+    Words words[kTogether];
+    for (int i = 0; i < count; ++i) {
+      words[i] = bits.of(b.index + i);
+      auto [param, grad, state] = streams(at, block + i);
+      states[i] = state;
+      untouched += update_block<R>(param, grad, states[i], words[i], s, guard);
+      if (whole) {
+        param.prefetch();
+        grad.prefetch();
+        states[i].prefetch();
+      }
+      for (int k = 0; k < kArrays; ++k) at[k] += kBlock * arrays.bytes[k];
+    }
+    for (int i = 0; i < count; ++i) states[i].choose();
+    for (int i = 0; i < count; ++i) states[i].encode(words[i].state);
+    if (!whole) staging.copy_out(arrays, b);
+    block += count;
   }
   return untouched;
 }

@@ -24,12 +24,6 @@ constexpr int kLanes = 4;
 // float32 that costs 40 % (docs/log.md).
 #define EBBTIDE_INLINE [[gnu::always_inline]] inline
 
-// Loops over a block: unrolled where the registers hold the block.
-#if defined(__AVX512F__)
-#define EBBTIDE_UNROLL _Pragma("GCC unroll 8")
-#else
-#define EBBTIDE_UNROLL
-#endif
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFma = true;
 #else
@@ -112,6 +106,8 @@ namespace {
 
 EBBTIDE_INLINE UintLanes to_bits(Lanes x) { return (UintLanes)x; }
 EBBTIDE_INLINE Lanes from_bits(UintLanes x) { return (Lanes)x; }
+EBBTIDE_INLINE Lanes infinity() { return splat<Lanes>(__builtin_inff()); }
+EBBTIDE_INLINE Lanes magnitude(Lanes x) { return from_bits(to_bits(x) & 0x7FFFFFFFu); }
 EBBTIDE_INLINE Lanes to_float(IntLanes x) { return __builtin_convertvector(x, Lanes); }
 EBBTIDE_INLINE IntLanes truncate(Lanes x) { return __builtin_convertvector(x, IntLanes); }
 EBBTIDE_INLINE UintLanes splat_bits(uint32_t x) { return UintLanes{} + x; }
@@ -143,16 +139,17 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int16_t) {
 EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x));
 }
-// As many bytes as lanes, of numbers that fit.
+// Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
 template <typename Byte, typename V>
 EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
-  for (int i = 0; i < vectors; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes),
-                     _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x[i]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int i = 0; i < vectors; i += 4) {
+    const __m512i low = _mm512_packs_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+    const __m512i high = _mm512_packs_epi32((__m512i)x[i + 2], (__m512i)x[i + 3]);
+    const __m512i bytes =
+        std::is_signed_v<Byte> ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+    _mm512_storeu_si512(to + i * kLanes, _mm512_maskz_permutexvar_epi32(0xFFFF, order, bytes));
   }
-}
-EBBTIDE_INLINE bool any(UintLanes mask) {
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 }
 #elif defined(__AVX2__)
 EBBTIDE_INLINE UintLanes load_wide(const uint8_t* at) {
@@ -192,9 +189,6 @@ EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
                         _mm256_permutevar8x32_epi32(bytes, order));
   }
 }
-EBBTIDE_INLINE bool any(UintLanes mask) {
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
-}
 #else
 template <typename Number>
 EBBTIDE_INLINE auto load_wide(const Number* at) {
@@ -224,7 +218,57 @@ EBBTIDE_INLINE uint32_t total(UintLanes x) {
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
-EBBTIDE_INLINE bool any(UintLanes mask) { return largest(mask) != 0; }
+#endif
+
+// What a comparison by lanes says, in the form that is cheapest to use: `where` gives zero and
+// `choose` something else for the other lanes, and `smaller` leaves a as it is there.
+#if defined(__AVX512F__)
+using Mask = __mmask16;
+EBBTIDE_INLINE Mask below(Lanes a, Lanes b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+}
+EBBTIDE_INLINE Mask nonzero(Lanes x) {
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+}
+EBBTIDE_INLINE Mask nonzero(UintLanes x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x); }
+EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) {
+  return _mm512_cmpgt_epi32_mask((__m512i)x, _mm512_set1_epi32(bound));
+}
+EBBTIDE_INLINE bool all(Mask mask) { return mask == 0xFFFF; }
+EBBTIDE_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
+template <typename V>
+EBBTIDE_INLINE V where(Mask mask, V x) {
+  return (V)_mm512_maskz_mov_epi32(mask, (__m512i)x);
+}
+template <typename V>
+EBBTIDE_INLINE V choose(Mask mask, V x, V otherwise) {
+  return (V)_mm512_mask_mov_epi32((__m512i)otherwise, mask, (__m512i)x);
+}
+EBBTIDE_INLINE UintLanes smaller(Mask mask, UintLanes a, UintLanes b) {
+  return (UintLanes)_mm512_mask_min_epu32((__m512i)a, mask, (__m512i)a, (__m512i)b);
+}
+#else
+using Mask = IntLanes;
+EBBTIDE_INLINE Mask below(Lanes a, Lanes b) { return a < b; }
+EBBTIDE_INLINE Mask nonzero(Lanes x) { return x != 0; }
+EBBTIDE_INLINE Mask nonzero(UintLanes x) { return x != 0; }
+EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) { return x > bound; }
+#if defined(__AVX2__)
+EBBTIDE_INLINE bool all(Mask mask) { return _mm256_movemask_ps((__m256)mask) == 0xFF; }
+#else
+EBBTIDE_INLINE bool all(Mask mask) { return largest((UintLanes)~mask) == 0; }
+#endif
+template <typename V>
+EBBTIDE_INLINE V where(Mask mask, V x) {
+  return (V)((IntLanes)x & mask);
+}
+template <typename V>
+EBBTIDE_INLINE V choose(Mask mask, V x, V otherwise) {
+  return mask ? x : otherwise;
+}
+EBBTIDE_INLINE UintLanes smaller(Mask mask, UintLanes a, UintLanes b) {
+  return smaller(a, b | (UintLanes)~mask);
+}
 #endif
 
 template <typename Number>
@@ -237,8 +281,8 @@ EBBTIDE_INLINE void store_low(Number* to, UintLanes x) {
 template <__m256i (*kWide)(__m256i, __m256i), __m128i (*kNarrow)(__m128i, __m128i)>
 EBBTIDE_INLINE uint32_t fold(UintLanes x) {
 #if defined(__AVX512F__)
-  const __m256i wide = kWide(_mm512_castsi512_si256((__m512i)x),
-                             _mm512_maskz_extracti64x4_epi64(0xF, (__m512i)x, 1));
+  const __m256i wide = kWide((__m256i)__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                             (__m256i)__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
 #else
   const __m256i wide = (__m256i)x;
 #endif
@@ -249,6 +293,9 @@ EBBTIDE_INLINE uint32_t fold(UintLanes x) {
 EBBTIDE_INLINE uint32_t largest(UintLanes x) { return fold<_mm256_max_epu32, _mm_max_epu32>(x); }
 EBBTIDE_INLINE uint32_t smallest(UintLanes x) { return fold<_mm256_min_epu32, _mm_min_epu32>(x); }
 EBBTIDE_INLINE uint32_t total(UintLanes x) { return fold<_mm256_add_epi32, _mm_add_epi32>(x); }
+#endif
+#if !defined(__AVX512F__)
+EBBTIDE_INLINE int count(Mask mask) { return int(total((UintLanes)-mask)); }
 #endif
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The moments of Adam over one block of 128 elements: as floats, as bfloat16, or in eight bits.
 //
-// `get` decodes one vector of lanes of every moment, `put` takes the new ones, `close` encodes the
-// block. src/ebbtide/codecs/moments.py defines the eight bits and says why they are so.
+// `get` decodes one vector of lanes of every moment, `put` takes the new ones. When all are in,
+// `settle` has what was gathered of them, `choose` decides how to encode the block and `encode`
+// does. src/ebbtide/codecs/moments.py defines the eight bits and says why they are so.
 #pragma once
 #include <algorithm>
 
@@ -19,16 +20,24 @@ struct Elementwise {
   First first;
   Second second[std::max(kCount - 1, 1)];
 
-  EBBTIDE_INLINE void open() {}
-  EBBTIDE_INLINE void get(int j, Lanes* state) const {
+  struct Running {};
+
+  EBBTIDE_INLINE Running open() { return {}; }
+  EBBTIDE_INLINE void prefetch() const {
+    if constexpr (kCount > 0) first.prefetch();
+    for (int k = 1; k < kCount; ++k) second[k - 1].prefetch();
+  }
+  EBBTIDE_INLINE void get(int j, const Running&, Lanes* state) const {
     if constexpr (kCount > 0) state[0] = first.get(j);
     for (int k = 1; k < kCount; ++k) state[k] = second[k - 1].get(j);
   }
-  EBBTIDE_INLINE void put(int j, const Lanes* state, uint32_t word) {
+  EBBTIDE_INLINE void put(int j, Running&, const Lanes* state, uint32_t word) {
     if constexpr (kCount > 0) first.put(j, state[0], UintLanes{});
     for (int k = 1; k < kCount; ++k) second[k - 1].put(j, state[k], words_at(j, word));
   }
-  EBBTIDE_INLINE void close(uint32_t) {}
+  EBBTIDE_INLINE void settle(const Running&) {}
+  EBBTIDE_INLINE void choose() {}
+  EBBTIDE_INLINE void encode(uint32_t) {}
 };
 
 constexpr uint32_t kSmallest = 1u << 24;      // bits of v; what is below counts as zero
@@ -47,27 +56,37 @@ EBBTIDE_INLINE uint32_t inverse_unit(uint32_t bits) {
 // A second moment in eight bits: codes on the float's own bits, shift and base in the window.
 class Window8 {
  public:
+  // What a block's loop goes by and gathers; apart from the rest, so that it stays in registers.
+  struct Running {
+    int shift;
+    uint32_t base;
+    UintLanes highest{}, lowest = ~UintLanes{}, lowest_moving = ~UintLanes{};
+  };
+
   void at(uint8_t* codes, uint16_t* window) {
     codes_ = codes;
     window_ = window;
   }
-  EBBTIDE_INLINE void open() {
+  EBBTIDE_INLINE Running open() const {
     const int ones = std::min(std::countl_one(*window_), 7);
-    shift_ = 16 + ones;
-    base_ = *window_ & (0xFFFFu >> ones);
-    highest_ = UintLanes{};
-    lowest_ = lowest_moving_ = ~UintLanes{};
+    return {16 + ones, *window_ & (0xFFFFu >> ones)};
   }
-  EBBTIDE_INLINE UintLanes get(int j) const {
+  EBBTIDE_INLINE UintLanes get(int j, const Running& running) const {
     const UintLanes codes = load_wide(codes_ + j);
-    return codes != 0 ? (codes + base_) << shift_ : 0;
+    return where(nonzero(codes), (codes + running.base) << running.shift);
   }
-  EBBTIDE_INLINE void put(int j, UintLanes bits, IntLanes moving) {
+  EBBTIDE_INLINE void put(int j, Running& running, UintLanes bits, Mask alive, Mask moving) {
     bits_[j / kLanes] = bits;
-    highest_ = larger(highest_, bits);
-    lowest_ = smaller(lowest_, bits - 1);  // zero is left out: it becomes the largest
-    lowest_moving_ = smaller(lowest_moving_, moving ? bits - 1 : ~0u);
+    running.highest = larger(running.highest, bits);
+    running.lowest = smaller(alive, running.lowest, bits);
+    running.lowest_moving = smaller(moving, running.lowest_moving, bits);
   }
+  EBBTIDE_INLINE void settle(const Running& running) {
+    highest_ = running.highest;
+    lowest_ = running.lowest;
+    lowest_moving_ = running.lowest_moving;
+  }
+  EBBTIDE_INLINE void prefetch() const { prefetch_block(codes_); }
   UintLanes bits(int i) const { return bits_[i]; }
   bool holds() const { return largest(highest_) <= kLargest; }
 
@@ -79,9 +98,10 @@ class Window8 {
     *window_ = 0;
     if (highest == 0) return;
     const uint32_t floor = highest > kDormant ? highest - kDormant : 0;
-    const uint32_t lowest = std::max(smallest(lowest_) + 1, floor);
-    const uint32_t low = std::min({smallest(lowest_moving_), lowest - 1, highest - 1}) + 1;
-    while ((highest >> shift_) - (low >> shift_) > 253) ++shift_;
+    const uint32_t lowest = std::max(smallest(lowest_), floor);
+    const uint32_t low = std::min({smallest(lowest_moving_), lowest, highest});
+    shift_ = std::max(int(std::bit_width(highest - low)) - 8, 16);
+    shift_ += (highest >> shift_) - (low >> shift_) > 253;
     base_ = (low >> shift_) - 1;
     *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
   }
@@ -93,18 +113,20 @@ class Window8 {
       const UintLanes dither = words_at((i + k) * kLanes, word) >> (32 - shift_);
       IntLanes code = (IntLanes)(((bits + dither) >> shift_) - base_);
       code = code > 1 ? code : 1;
-      codes[k] = bits != 0 ? code : 0;
+      codes[k] = where(nonzero(bits), code);
       decoded[k] = ((UintLanes)codes[k] + base_) << shift_;
     }
     store_bytes(codes_ + i * kLanes, codes, 4);
   }
   void replace(const uint32_t* bits, const bool* moving) {
-    open();
+    Running running{};
     for (int j = 0; j < kBlock; j += kLanes) {
-      IntLanes mask;
-      for (int i = 0; i < kLanes; ++i) mask[i] = moving[j + i] ? -1 : 0;
-      put(j, load<UintLanes>(bits + j), mask);
+      UintLanes moves;
+      for (int i = 0; i < kLanes; ++i) moves[i] = moving[j + i];
+      const UintLanes here = load<UintLanes>(bits + j);
+      put(j, running, here, nonzero(here), nonzero(moves));
     }
+    settle(running);
   }
 
  private:
@@ -124,54 +146,71 @@ class Moments8 {
   int8_t* codes;
   float* scale;
   Window8 second[kCount - 1];
+  struct Running {
+    float factor;
+    Window8::Running second[kCount - 1];
+    UintLanes largest{};
+  };
 
-  EBBTIDE_INLINE void open() {
-    factor_ = *scale * 0x1p64f;
-    largest_ = UintLanes{};
-    for (Window8& window : second) window.open();
+  EBBTIDE_INLINE Running open() const {
+    Running running{*scale * 0x1p64f, {}};
+    for (int k = 0; k < kCount - 1; ++k) running.second[k] = second[k].open();
+    return running;
   }
-  EBBTIDE_INLINE void get(int j, Lanes* state) const {
-    const UintLanes bits = second[0].get(j);
+  EBBTIDE_INLINE void get(int j, const Running& running, Lanes* state) const {
+    const UintLanes bits = second[0].get(j, running.second[0]);
     const Lanes code = to_float(load_wide(codes + j));
     const Lanes magnitude = from_bits(to_bits(code) & 0x7FFFFFFFu);
-    state[0] = code * magnitude * factor_ * from_bits((bits >> 1) & 0x7F800000u);
+    state[0] = code * magnitude * running.factor * from_bits((bits >> 1) & 0x7F800000u);
     state[1] = from_bits(bits);
-    if constexpr (kCount == 3) state[2] = from_bits(second[1].get(j));
+    if constexpr (kCount == 3) state[2] = from_bits(second[1].get(j, running.second[1]));
   }
-  EBBTIDE_INLINE void put(int j, const Lanes* state, uint32_t) {
-    const UintLanes bits = alive(state[1]);
-    const Lanes first = bits != 0 ? state[0] : 0;
+  EBBTIDE_INLINE void put(int j, Running& running, const Lanes* state, uint32_t) {
+    const Mask alive = lives(state[1]);
+    const UintLanes bits = where(alive, to_bits(state[1]));
+    const Lanes first = where(alive, state[0]);
     const Lanes ratio = first * from_bits(inverse_unit(bits));
     first_[j / kLanes] = first;
-    largest_ = larger(largest_, to_bits(ratio) & 0x7FFFFFFFu);
-    const IntLanes moving = ratio != 0;
-    second[0].put(j, bits, moving);
-    if constexpr (kCount == 3) second[1].put(j, alive(state[2]), moving);
+    running.largest = larger(running.largest, to_bits(ratio) & 0x7FFFFFFFu);
+    const Mask moving = nonzero(ratio);
+    second[0].put(j, running.second[0], bits, alive, moving);
+    if constexpr (kCount == 3) {
+      const Mask most_alive = lives(state[2]);
+      const UintLanes most = where(most_alive, to_bits(state[2]));
+      second[1].put(j, running.second[1], most, most_alive, moving);
+    }
   }
-  EBBTIDE_INLINE void close(uint32_t word) {
+  EBBTIDE_INLINE void prefetch() const {
+    prefetch_block(codes);
+    for (const Window8& window : second) window.prefetch();
+  }
+  EBBTIDE_INLINE void settle(const Running& running) {
+    largest_ = running.largest;
+    for (int k = 0; k < kCount - 1; ++k) second[k].settle(running.second[k]);
+  }
+  // Chooses scale and window of what has been put.
+  EBBTIDE_INLINE void choose() {
     bool holds = largest(largest_) < kMostRatio;
     for (const Window8& window : second) holds &= window.holds();
-    if (!holds) [[unlikely]] {
-      Moments8 copy = *this;  // else this one would have to live in memory
-      copy.forget();
-      *this = copy;
-    }
+    if (!holds) [[unlikely]]
+      forget();
     for (Window8& window : second) window.choose();
     const float largest_ratio = from_bits(largest(largest_));
     const bool any_first = largest_ratio >= 0x1p-60f;
     *scale = any_first ? largest_ratio / 16129.0f : 0.0f;
-    const float inverse = any_first ? 16128.9f / largest_ratio * 0x1p32f : 0.0f;
-    EBBTIDE_UNROLL
+    inverse_ = any_first ? 16128.9f / largest_ratio * 0x1p32f : 0.0f;
+  }
+  EBBTIDE_INLINE void encode(uint32_t word) {
     for (int i = 0; i < kVectors; i += 4) {
       UintLanes decoded[4];
       IntLanes encoded[4];
       second[0].encode(i, word, decoded);
       for (int k = 0; k < 4; ++k) {
         const UintLanes ratio = to_bits(first_[i + k] * from_bits(inverse_unit(decoded[k])));
-        const Lanes magnitude = from_bits(ratio & 0x7FFFFFFFu);
-        const IntLanes root = truncate(sqrt(magnitude * inverse)), sign = (IntLanes)ratio >> 31;
+        const Lanes root = sqrt(from_bits(ratio & 0x7FFFFFFFu) * inverse_);
+        const Lanes code = from_bits(to_bits(root) | (ratio & 0x80000000u));
         const IntLanes dither = (IntLanes)(words_at((i + k) * kLanes, word) & 0xFFFFu);
-        encoded[k] = (((root ^ sign) - sign) + dither) >> 16;
+        encoded[k] = (truncate(code) + dither) >> 16;
       }
       store_bytes(codes + i * kLanes, encoded, 4);
       if constexpr (kCount == 3) second[1].encode(i, word, decoded);
@@ -179,10 +218,8 @@ class Moments8 {
   }
 
  private:
-  // Bits of a second moment, 0 where it counts as zero.
-  static UintLanes alive(Lanes x) {
-    return (IntLanes)to_bits(x) > int32_t(kSmallest - 1) ? to_bits(x) : 0;
-  }
+  // Where a second moment does not count as zero.
+  EBBTIDE_INLINE static Mask lives(Lanes x) { return above((IntLanes)to_bits(x), kSmallest - 1); }
 
   // What eight bits cannot hold is set to zero: it must not spoil the rest of the block.
   [[gnu::noinline, gnu::cold]] void forget() {
@@ -217,9 +254,9 @@ class Moments8 {
     for (int k = 0; k < kCount - 1; ++k) second[k].replace(bits[k], moving);
   }
 
-  float factor_;
   Lanes first_[kVectors];
   UintLanes largest_;
+  float inverse_;
 };
 
 }  // namespace

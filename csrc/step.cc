@@ -13,34 +13,39 @@
 namespace ebbtide {
 namespace {
 
-// What a rule needs beside p and g: how many state streams, and which function.
+// What a rule needs beside p and g: how many state streams, and which function. The witness of Adam
+// is a sum of squares, never negative.
 struct Adam {
   static constexpr int kState = 2;
-  template <typename V, typename S>
-  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
-    return adam<V, S>(p, g, state[0], state[1], nullptr, s);
+  template <typename V, class Numbers>
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Numbers& s) {
+    return adam<V>(p, g, state[0], state[1], nullptr, s);
   }
+  EBBTIDE_INLINE static Mask finite(Lanes witness) { return below(witness, infinity()); }
 };
 struct AMSGrad {
   static constexpr int kState = 3;
-  template <typename V, typename S>
-  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
-    return adam<V, S>(p, g, state[0], state[1], &state[2], s);
+  template <typename V, class Numbers>
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Numbers& s) {
+    return adam<V>(p, g, state[0], state[1], &state[2], s);
   }
+  EBBTIDE_INLINE static Mask finite(Lanes witness) { return below(witness, infinity()); }
 };
 struct PlainSGD {
   static constexpr int kState = 0;
-  template <typename V, typename S>
-  EBBTIDE_INLINE static V apply(V& p, V g, V*, const Scalars<S>& s) {
-    return sgd<V, S>(p, g, nullptr, s);
+  template <typename V, class Numbers>
+  EBBTIDE_INLINE static V apply(V& p, V g, V*, const Numbers& s) {
+    return sgd<V>(p, g, static_cast<V*>(nullptr), s);
   }
+  EBBTIDE_INLINE static Mask finite(Lanes witness) { return below(magnitude(witness), infinity()); }
 };
 struct MomentumSGD {
   static constexpr int kState = 1;
-  template <typename V, typename S>
-  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Scalars<S>& s) {
-    return sgd<V, S>(p, g, &state[0], s);
+  template <typename V, class Numbers>
+  EBBTIDE_INLINE static V apply(V& p, V g, V* state, const Numbers& s) {
+    return sgd<V>(p, g, &state[0], s);
   }
+  EBBTIDE_INLINE static Mask finite(Lanes witness) { return below(magnitude(witness), infinity()); }
 };
 
 // One V of elements: load, update, store; counts the elements left untouched.
@@ -50,7 +55,7 @@ EBBTIDE_INLINE void update_at(int64_t j, S* p, const S* g, S* const* state, cons
   const V old_p = load<V>(p + j);
   V new_p = old_p, old_state[R::kState + 1], new_state[R::kState + 1];
   for (int k = 0; k < R::kState; ++k) new_state[k] = old_state[k] = load<V>(state[k] + j);
-  const V witness = R::template apply<V, S>(new_p, load<V>(g + j), new_state, s);
+  const V witness = R::apply(new_p, load<V>(g + j), new_state, s);
   if constexpr (kGuard) {
     const auto ok = finite(witness);
     if constexpr (std::is_same_v<V, S>) {
@@ -97,48 +102,42 @@ int64_t update_span(S* __restrict p, const S* __restrict g, S* const* state, int
   return n - stepped;
 }
 
-// Streams for a row of any formats, decided element by element at run time; slower.
-template <class R, bool kGuard>
-int64_t update_any(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end) {
+// A row of any formats, decided at run time; slower.
+template <class R>
+int64_t update_any(const Row& row, const StepScalars& scalars, bool guard, int64_t begin,
+                   int64_t end) {
+  const auto param = [&](char* const* at) {
+    return AnyStream{at[0], row.param.format, row.stochastic, at[2], row.residual_bits};
+  };
   const auto any = [](char* at, const Field& field, bool stochastic) {
     return AnyStream{at, field.format, stochastic};
   };
-  const auto with_param = [&](auto param_at) {
-    if constexpr (R::kState >= 2) {
-      if (row.state[0].format == Format::kSigned8) {
-        return step_blocks<R, kGuard>(row, scalars, begin, end,
-                                      [&](char* const* at, int64_t block) {
-                                        return std::tuple(param_at(at), any(at[1], row.grad, false),
-                                                          moments8<R::kState>(row, at, block));
-                                      });
-      }
+  if constexpr (R::kState >= 2) {
+    if (row.state[0].format == Format::kSigned8) {
+      return step_blocks<R, false>(row, scalars, guard, begin, end,
+                                   [&](char* const* at, int64_t block) {
+                                     return std::tuple(param(at), any(at[1], row.grad, false),
+                                                       moments8<R::kState>(row, at, block));
+                                   });
     }
-    return step_blocks<R, kGuard>(row, scalars, begin, end, [&](char* const* at, int64_t) {
-      Elementwise<AnyStream, AnyStream, R::kState> state;
-      if constexpr (R::kState > 0) state.first = any(at[3], row.state[0], false);
-      for (int k = 1; k < R::kState; ++k) state.second[k - 1] = any(at[3 + k], row.state[k], true);
-      return std::tuple(param_at(at), any(at[1], row.grad, false), state);
-    });
-  };
-  if (row.residual_bits != 0 && row.param.format == Format::kF16) {
-    return with_param([&](char* const* at) {
-      return HalfSplitStream{reinterpret_cast<uint16_t*>(at[0]), at[2], row.residual_bits};
-    });
   }
-  if (row.residual_bits == 8) return with_param(split_at<8>);
-  if (row.residual_bits == 16) return with_param(split_at<16>);
-  return with_param([&](char* const* at) { return any(at[0], row.param, row.stochastic); });
+  return step_blocks<R, false>(row, scalars, guard, begin, end, [&](char* const* at, int64_t) {
+    Elementwise<AnyStream, AnyStream, R::kState> state;
+    if constexpr (R::kState > 0) state.first = any(at[3], row.state[0], false);
+    for (int k = 1; k < R::kState; ++k) state.second[k - 1] = any(at[3 + k], row.state[k], true);
+    return std::tuple(param(at), any(at[1], row.grad, false), state);
+  });
 }
 
 // The streams of the usual formats: everything is known when this is compiled.
-template <bool kGuard, class ParamAt, class Grad>
-int64_t update_usual(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end,
-                     const ParamAt& param_at, Grad) {
+template <bool kPlain, class ParamAt, class Grad>
+int64_t update_usual(const Row& row, const StepScalars& scalars, bool guard, int64_t begin,
+                     int64_t end, const ParamAt& param_at, Grad) {
   const auto grad_at = [](char* const* at) {
     return Grad{reinterpret_cast<decltype(Grad::at)>(at[1])};
   };
   const auto blocks = [&](const auto& streams) {
-    return step_blocks<Adam, kGuard>(row, scalars, begin, end, streams);
+    return step_blocks<Adam, kPlain>(row, scalars, guard, begin, end, streams);
   };
   if (row.state[0].format == Format::kSigned8) {
     return blocks([&](char* const* at, int64_t block) {
@@ -161,15 +160,18 @@ int64_t update_usual(const Row& row, const StepScalars& scalars, int64_t begin, 
 }
 
 // Blocks whose formats are not float: decode, update, encode.
-template <class R, bool kGuard>
-int64_t update_coded(const Row& row, const StepScalars& scalars, int64_t begin, int64_t end) {
+template <class R>
+int64_t update_coded(const Row& row, const StepScalars& scalars, bool guard, int64_t begin,
+                     int64_t end) {
   if constexpr (std::is_same_v<R, Adam>) {
     const bool alike =
         row.state[0].format == row.state[1].format || row.state[0].format == Format::kSigned8;
-    const bool known = row.state[0].format != Format::kF16;
-    if (alike && known && row.param.format == row.grad.format) {
+    const bool known = row.state[0].format != Format::kF16 && row.param.format == row.grad.format;
+    if (alike && known) {
       const auto usual = [&](const auto& param_at, auto grad) {
-        return update_usual<kGuard>(row, scalars, begin, end, param_at, grad);
+        return narrow<float>(scalars).plain()
+                   ? update_usual<true>(row, scalars, guard, begin, end, param_at, grad)
+                   : update_usual<false>(row, scalars, guard, begin, end, param_at, grad);
       };
       if (row.param.format == Format::kF32) {
         return usual([](char* const* at) { return FloatStream{reinterpret_cast<float*>(at[0])}; },
@@ -188,7 +190,7 @@ int64_t update_coded(const Row& row, const StepScalars& scalars, int64_t begin, 
       }
     }
   }
-  return update_any<R, kGuard>(row, scalars, begin, end);
+  return update_any<R>(row, scalars, guard, begin, end);
 }
 
 template <class R, bool kGuard>
@@ -206,7 +208,7 @@ int64_t update_row(const Row& row, const StepScalars& scalars, int64_t begin, in
   };
   if (direct && row.param.format == Format::kF32) return span(0.0f);
   if (direct && row.param.format == Format::kF64) return span(0.0);
-  return update_coded<R, kGuard>(row, scalars, begin, end);
+  return update_coded<R>(row, scalars, kGuard, begin, end);
 }
 
 template <class R>

@@ -13,8 +13,9 @@
 
 namespace ebbtide {
 
-// The scalars of one step for one group and step count; the fields of rules.py's Scalars.
-template <typename S>
+// The scalars of one step for one group and step count; the fields of rules.py's Scalars. A kernel
+// for plain steps only (kPlain) is spared the questions.
+template <typename S, bool kPlain = false>
 struct Scalars {
   S lr;
   S keep;  // 1 - decay: the share of the parameter kept
@@ -31,23 +32,31 @@ struct Scalars {
   S buffer_keep;
   S buffer_add;
   S nesterov;
+
+  bool plain() const {
+    return l2 == 0 && cautious == 0 && eps > 0 && sqrt_bias_correction2 > 0 && weighs_little();
+  }
+  bool has_l2() const { return !kPlain && l2 != 0; }
+  bool is_cautious() const { return !kPlain && cautious != 0; }
+  bool may_divide_by_zero() const { return !kPlain; }
+  bool weighs_little() const { return kPlain || exp_avg_weight < S(0.5); }
 };
 
-template <typename V, typename S>
-EBBTIDE_INLINE V decayed(V param, V update, const Scalars<S>& s) {
+template <typename V, typename S, bool kPlain>
+EBBTIDE_INLINE V decayed(V param, V update, const Scalars<S, kPlain>& s) {
   const V kept = param * s.keep;
-  if (s.cautious != 0) return update * param < splat<V>(S(0)) ? param : kept;
+  if (s.is_cautious()) return update * param < splat<V>(S(0)) ? param : kept;
   return kept;
 }
 
 // Adam, AdamW; AMSGrad where max_exp_avg_sq is not null.
-template <typename V, typename S>
+template <typename V, typename S, bool kPlain>
 EBBTIDE_INLINE V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq,
-                      const Scalars<S>& s) {
+                      const Scalars<S, kPlain>& s) {
   grad = grad * s.grad_scale;
-  if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
+  if (s.has_l2()) grad = madd(splat<V>(s.l2), param, grad);
   const S weight = s.exp_avg_weight;
-  if (weight < S(0.5)) {
+  if (s.weighs_little()) {
     exp_avg = madd(splat<V>(weight), grad - exp_avg, exp_avg);
   } else {
     exp_avg = madd(splat<V>(weight - S(1)), grad - exp_avg, grad);
@@ -60,16 +69,17 @@ EBBTIDE_INLINE V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_av
   }
   const V denom = sqrt(second_moment) / s.sqrt_bias_correction2 + s.eps;
   const V zero = splat<V>(S(0));
-  const V update = denom == zero ? zero : s.step_size * exp_avg / denom;
+  const V quotient = s.step_size * exp_avg / denom;
+  const V update = s.may_divide_by_zero() ? (denom == zero ? zero : quotient) : quotient;
   param = decayed(param, update, s) - update;
   return exp_avg_sq;
 }
 
 // SGD, SGDW; momentum_buffer is null without momentum.
-template <typename V, typename S>
-EBBTIDE_INLINE V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S>& s) {
+template <typename V, typename S, bool kPlain>
+EBBTIDE_INLINE V sgd(V& param, V grad, V* momentum_buffer, const Scalars<S, kPlain>& s) {
   grad = grad * s.grad_scale;
-  if (s.l2 != 0) grad = madd(splat<V>(s.l2), param, grad);
+  if (s.has_l2()) grad = madd(splat<V>(s.l2), param, grad);
   V direction = grad;
   if (momentum_buffer != nullptr) {
     V& buffer = *momentum_buffer;
