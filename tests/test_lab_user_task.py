@@ -166,6 +166,7 @@ def test_the_command_reports_it_escaped(file: Path, monkeypatch: pytest.MonkeyPa
     run = CliRunner().invoke(app, [*arguments, *grid])
     assert run.exit_code == 0, run.output
     results = json.loads((file.parent / "out" / "results.json").read_text())
+    assert json.loads(run.stdout) == results
     (arm,) = results["arms"]
     assert {each["name"]: each["best"] for each in arm["optimizers"]} == {
         "adam": {"lr": 0.1, "weight_decay": 0.0},

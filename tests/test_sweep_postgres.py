@@ -35,6 +35,7 @@ def postgres() -> Iterator[Server]:
         yield running_server
 
 
+@pytest.mark.slow
 def test_workers_share_a_sweep_and_make_good_for_the_killed(
     tmp_path: Path, postgres: Server
 ) -> None:

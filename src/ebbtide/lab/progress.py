@@ -81,8 +81,9 @@ class Progress:
             self.done += units
             self._skipped += units
             if self._bar is not None:
-                here, total = self.done - self._skipped, self.total - self._skipped
-                self._bar.update(self._task, completed=here, total=total)
+                left = self.total - self._skipped
+                here = self.done - self._skipped if left else 1
+                self._bar.update(self._task, completed=here, total=left or 1)
 
     def note(self, text: str) -> None:
         """Show a line of text; it stays when the bar goes."""
