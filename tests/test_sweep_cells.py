@@ -49,6 +49,7 @@ def record(file: Path, **options: object) -> Record:
         ("os._exit(0)", Outcome.FAILED, None, "ended (status 0) before the function returned"),
         ("os.abort()", Outcome.FAILED, None, "ended by SIGABRT"),
         ("class E(Exception):\n    def __str__(self): 1/0\nraise E", Outcome.FAILED, None, "E: "),
+        ("s.report(2**63, 1)", Outcome.FAILED, None, "a step must lie between"),
         ("input()", Outcome.FAILED, None, "EOFError"),
         ("os.closerange(3, 99); return 1", Outcome.FAILED, None, "(status 1) before the function"),
         ("os.fork(); return s.seed", Outcome.FINISHED, 3.0, ""),

@@ -51,9 +51,15 @@ class Settings:
         Args:
             step: How far training has come, in whatever unit all cells share.
             value: The number that the function would return if it ended here.
+
+        Raises:
+            ValueError: 64 bits do not hold `step`.
         """
         if self._report is not None:
-            self._report(int(step), float(value))
+            count = int(step)
+            if abs(count) >= 2**63:
+                raise ValueError("a step must lie between -2**63 and 2**63")
+            self._report(count, float(value))
 
     def torch_optimizer(self, params: Any, **options: Any) -> Any:
         """Return the optimizer of these settings from `ebbtide.torch`.
