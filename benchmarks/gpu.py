@@ -1,223 +1,284 @@
-"""A step on an NVIDIA GPU: checked, timed beside others, and set against the card's bandwidth.
+"""A step on an NVIDIA GPU: built, checked, timed beside others, set against the card's bandwidth.
 
     python benchmarks/gpu.py --out gpu.json
 
-Runs `pytest -m gpu` first, then times every optimizer that is installed in one process, in turn,
-round by round. A step is timed end to end: the host's time is part of it. Prints a table last.
+Everything is done in one go and in other processes, so that what fails costs its own row alone; the
+file is written anew after each stage. Needs torch with CUDA and Triton; a compiler and what
+pyproject.toml builds with, for the core that the GPU is compared with; pytest and hypothesis for
+the tests. Nothing is installed: the build goes to build/gpu. Prints a table last.
+
+A step is timed end to end, the host's time included: `step_us` of many in a row, `alone_us` of one
+with gradients at new addresses, `host_us` until that call returns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "gpu"
+Row = dict[str, Any]
 
-import ebbtide.torch
-
-# Name: shapes of the parameters.
-WORKLOADS: dict[str, list[tuple[int, ...]]] = {
-    "one tensor of 64 M": [(1 << 26,)],
-    "300 tensors, 120 M": [(768, 768), (768, 208)] * 150,
-    "2,000 tensors of 1,000": [(1000,)] * 2000,
+OURS = [
+    "ebbtide", "torch fused", "torch foreach", "ebbtide, clipped", "torch fused, clipped",
+    "ebbtide, graph", "torch fused, graph", "ebbtide 8-bit", "ebbtide bf16", "torch fused bf16",
+    "ebbtide bf16, 8-bit", "ebbtide bf16+8, 8-bit", "ebbtide bf16+16, 8-bit",
+]  # fmt: skip
+PEERS = {
+    "bitsandbytes": ["bitsandbytes 8-bit", "bitsandbytes bf16, 8-bit"],
+    "flashoptim": ["flashoptim bf16+8, 8-bit"],
+    "torchao": ["torchao 8-bit", "torchao bf16, 8-bit"],
 }
-TINY = {"tiny": [(64, 3), (5,)]}
-# Stored and moved bytes a parameter: read and written once each, the gradient read.
-TRAFFIC = {"float32": 28, "bfloat16": 14}
+MODEL, ONE, SMALL = "300 tensors, 112 M", "one tensor of 64 M", "2,000 tensors of 1,000"
+BESIDE = "torch fused"  # what every arm is set against, in its own process
+# (what, workload, number of a row, arm, that of, at least)
+GOALS = [
+    ("fp32, one tensor: share of the copy bandwidth", ONE, "share", "ebbtide", None, 0.95),
+    ("fp32, one tensor, against torch fused", ONE, "step_us", "ebbtide", BESIDE, 1.0),
+    ("300 tensors, against torch fused", MODEL, "step_us", "ebbtide", BESIDE, 1.5),
+    ("2,000 small ones, against torch fused", SMALL, "step_us", "ebbtide", BESIDE, 3.0),
+    ("8-bit, against torch fused fp32", MODEL, "step_us", "ebbtide bf16+8, 8-bit", BESIDE, 2.0),
+    ("8-bit, against flashoptim", MODEL, "step_us", "ebbtide bf16+8, 8-bit",
+     "flashoptim bf16+8, 8-bit", 2.0),
+    ("8-bit, against bitsandbytes", MODEL, "step_us", "ebbtide bf16, 8-bit",
+     "bitsandbytes bf16, 8-bit", 2.0),
+]  # fmt: skip
+
+# Key of a row, title, width, format.
+COLUMNS = [
+    ("step_us", "step µs", 11, ".1f"), ("ratio", "ratio", 7, ".2f"), ("share", "share", 7, ".0%"),
+    ("alone_us", "alone µs", 11, ".1f"), ("host_us", "host µs", 11, ".1f"),
+    ("gpu_us", "GPU µs", 11, ".1f"), ("kernels", "kernels", 8, "d"),
+    ("bytes_per_param", "B/param", 8, ".2f"),
+]  # fmt: skip
 
 
-class Arm(NamedTuple):
-    """One optimizer: what it is called, its parameters' dtype, and how it is made."""
+class Run:
+    """One run of the script: its report, its deadline, the environment of its processes."""
 
-    name: str
-    dtype: str
-    make: Callable[[list[torch.Tensor]], Any]
+    def __init__(self, out: Path, seconds: float, *, dry: bool) -> None:
+        self.out, self.dry = out, dry
+        self.deadline = time.monotonic() + seconds
+        self.report: dict[str, Any] = {"dry": dry, "stages": {}, "workloads": {}}
+        self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        if dry:
+            self.environment |= {"TRITON_INTERPRET": "1", "EBBTIDE_BACKEND": "triton"}
 
+    def add_path(self, path: Path) -> None:
+        """Let processes import from a folder, before all others."""
+        paths = [str(path), self.environment.get("PYTHONPATH", "")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
-def arms() -> list[Arm]:
-    """List the optimizers that can be imported here."""
-    ours, theirs = ebbtide.torch.AdamW, torch.optim.AdamW
-    found = [
-        Arm("ebbtide", "float32", ours),
-        Arm("ebbtide, clipped", "float32", lambda p: ours(p, clip_grad_norm=1.0)),
-        Arm("torch fused", "float32", lambda p: theirs(p, fused=True)),
-        Arm("torch foreach", "float32", lambda p: theirs(p, foreach=True)),
-        Arm("ebbtide", "bfloat16", ours),
-        Arm("torch fused", "bfloat16", lambda p: theirs(p, fused=True)),
-    ]
-    for name, dtype, load in PEERS:
-        try:
-            found.append(Arm(name, dtype, load()))
-        except ImportError as error:
-            print(f"left out: {name} ({error})")
-    return found
+    def call(self, stage: str, command: list[str], limit: float, *, cwd: Path = ROOT) -> str:
+        """Run a command, in what is left of the time at most; returns what it printed."""
+        limit = min(limit, self.deadline - time.monotonic())
+        note: Row = {"outcome": "out of time"}
+        self.report["stages"][stage] = note
+        text = ""
+        if limit > 1:
+            start = time.monotonic()
+            with tempfile.TemporaryFile("w+", errors="replace") as file:
+                note["outcome"] = _ended(command, limit, cwd, self.environment, file)
+                file.seek(0)
+                text = file.read()
+            note["seconds"] = round(time.monotonic() - start, 1)
+            if note["outcome"] != "passed":
+                note["output"] = text[-3000:]
+        print(f"{stage}: {note['outcome']} ({note.get('seconds', 0)} s)", flush=True)
+        self.save()
+        return text
 
+    def work(self, stage: str, limit: float, **asked: Any) -> list[Row]:
+        """Let a worker do a task; returns its rows, the last of each arm."""
+        words = json.dumps({"dry": self.dry, **asked})
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), words]
+        found: dict[str, Row] = {}
+        for line in self.call(stage, command, limit).splitlines():
+            if line.startswith("ROW "):
+                row = json.loads(line.removeprefix("ROW "))
+                found[row.get("arm", "")] = row
+        return list(found.values())
 
-def _bitsandbytes() -> Callable[[list[torch.Tensor]], Any]:
-    import bitsandbytes
-
-    make: Callable[[list[torch.Tensor]], Any] = bitsandbytes.optim.AdamW8bit
-    return make
-
-
-def _torchao() -> Callable[[list[torch.Tensor]], Any]:
-    from torchao.optim import AdamW8bit
-
-    make: Callable[[list[torch.Tensor]], Any] = AdamW8bit
-    return make
-
-
-def _flashoptim() -> Callable[[list[torch.Tensor]], Any]:
-    from flashoptim import FlashAdamW
-
-    make: Callable[[list[torch.Tensor]], Any] = FlashAdamW
-    return make
-
-
-PEERS = [
-    ("bitsandbytes 8-bit", "float32", _bitsandbytes),
-    ("torchao 8-bit", "float32", _torchao),
-    ("flashoptim", "bfloat16", _flashoptim),
-]
+    def save(self) -> None:
+        """Write the report."""
+        self.out.write_text(json.dumps(self.report, indent=1))
 
 
-def wait(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _ended(
+    command: list[str], limit: float, cwd: Path, environment: dict[str, str], file: Any
+) -> str:
+    """Run a command with all that it starts, and say how it ended."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return f"could not start: {error}"
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"killed after {limit:.0f} s"
+    return "passed" if code == 0 else f"ended with {code}"
 
 
-def copy_bandwidth(device: str, elements: int) -> float:
-    """Return the bytes a second that copying a large tensor reads and writes."""
-    source = torch.zeros(elements, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+def build(run: Run) -> None:
+    """Build the core into build/gpu, unless this source is installed with one."""
+    probe = "import ebbtide, ebbtide._core; print('AT', ebbtide.__file__)"
+    there = run.call("core", [sys.executable, "-c", probe], 60, cwd=Path("/"))
+    if f"AT {ROOT / 'src'}" in there:
+        return
+    pip = [
+        sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--target", str(SITE),
+    ]  # fmt: skip
+    for extra in (["--no-build-isolation", "--no-index"], []):
+        run.call("build" + " isolated" * (not extra), [*pip, *extra, str(ROOT)], 240)
+        if list((SITE / "ebbtide").glob("_core*.so")):
+            run.add_path(SITE)
+            return
+    run.add_path(ROOT / "src")  # what needs no core goes on
 
 
-def prepared(arm: Arm, shapes: list[tuple[int, ...]], device: str) -> Any:
-    """Return an optimizer over fresh parameters that has taken a few steps."""
-    dtype = getattr(torch, arm.dtype)
-    params = [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
-    for param in params:
-        param.grad = torch.randn_like(param) * 0.01
-    optimizer = arm.make(params)
-    for _ in range(3):
-        optimizer.step()
-    wait(device)
-    return optimizer
+def check(run: Run) -> None:
+    """Run the tests on the GPU, over several processes where pytest-xdist is there."""
+    # These files alone: others import packages that need not be there.
+    files = sorted(str(each) for each in (ROOT / "tests").glob("test_triton*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", *files]
+    if run.dry:
+        command.append("--collect-only")
+    elif find_spec("xdist"):
+        command += ["-n", "6"]
+    text = run.call("tests", command, 300)
+    run.report["tests"] = [
+        line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))
+    ] + text.strip().splitlines()[-1:]
 
 
-def seconds_of(optimizer: Any, steps: int, device: str) -> float:
-    """Return the seconds of one step, end to end."""
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        optimizer.step()
-    wait(device)
-    return (time.perf_counter() - start) / steps
+def time_arms(run: Run, workload: str, arms: list[str], stage: str, limit: float) -> None:
+    """Time arms in one process; those that it leaves without a number, one by one."""
+    rows = run.report["workloads"].setdefault(workload, [])
+    asked = {"task": "time", "workload": workload, "seconds": 0.5}
+    found = run.work(stage, limit, arms=arms, **asked)
+    failed = run.report["stages"][stage]["outcome"] != "passed"
+    for arm in arms if failed else []:
+        if not any(row["arm"] == arm and ("error" in row or "step_us" in row) for row in found):
+            alone = [arm] if arm == BESIDE else [BESIDE, arm]
+            more = run.work(f"{stage}, {arm}", 40, arms=alone, **asked)
+            missing: Row = {"arm": arm, "error": run.report["stages"][f"{stage}, {arm}"]["outcome"]}
+            found = [row for row in found if row["arm"] != arm]
+            found += [row for row in more if row["arm"] == arm] or [missing]
+    beside = next((row.get("step_us") for row in found if row["arm"] == BESIDE), None)
+    known = {row["arm"] for row in rows}
+    for row in found:
+        if "step_us" in row and beside:
+            row["ratio"] = beside / row["step_us"]
+        bandwidth = run.report.get("machine", {}).get("copy_bytes_per_second")
+        if "step_us" in row and row.get("traffic_bytes") and bandwidth:
+            row["share"] = row["traffic_bytes"] / (row["step_us"] * 1e-6) / bandwidth
+        if row["arm"] not in known:
+            rows.append(row)
+    run.save()
 
 
-def timed(
-    shapes: list[tuple[int, ...]], device: str, rounds: int, steps: int
-) -> list[dict[str, Any]]:
-    """Time every arm on one workload, interleaved; one that fails says why."""
-    rows: list[dict[str, Any]] = []
-    ready: list[tuple[dict[str, Any], Any]] = []
-    for arm in arms():
-        row: dict[str, Any] = {"name": arm.name, "dtype": arm.dtype}
-        rows.append(row)
-        try:
-            ready.append((row, prepared(arm, shapes, device)))
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}"
-    series: list[list[float]] = [[] for _ in ready]
-    for _ in range(rounds):
-        for found, (_, optimizer) in zip(series, ready, strict=True):
-            found.append(seconds_of(optimizer, steps, device))
-    for found, (row, _) in zip(series, ready, strict=True):
-        row["step_us"] = statistics.median(found) * 1e6
-        row["quartiles_us"] = [each * 1e6 for each in statistics.quantiles(found, n=4)]
-    return rows
+def goals(report: dict[str, Any]) -> list[str]:
+    """Set what was found against what is aimed at."""
+    lines = []
+    for what, workload, number, arm, other, least in GOALS:
+        rows = {row["arm"]: row.get(number) for row in report["workloads"].get(workload, [])}
+        found = rows.get(arm)
+        if other is not None and found:
+            found = rows[other] / found if rows.get(other) else None
+        said = (
+            "not known" if found is None else f"{found:.2f} {'met' if found >= least else 'MISSED'}"
+        )
+        lines.append(f"{what:48} goal {least:.2f}  found {said}")
+    return lines
 
 
-def machine(device: str) -> dict[str, str]:
-    """Return what the numbers were taken on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if device == "cuda":
-        import triton
-
-        found |= {"triton": triton.__version__, "card": torch.cuda.get_device_name()}
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        smi = subprocess.run(query, capture_output=True, text=True, check=False)
-        found["driver"] = smi.stdout.strip()
-    return found
-
-
-def table(report: dict[str, Any]) -> str:
-    """Return the results as a table; the share is that of the copy bandwidth."""
-    lines = [f"{'workload':24}{'optimizer':20}{'dtype':10}{'µs a step':>12}{'share':>8}"]
+def table(report: dict[str, Any]) -> list[str]:
+    """Return the results: `ratio` is torch fused's time over the arm's, `share` of the copy's."""
+    head = "".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
+    lines = []
     for workload, rows in report["workloads"].items():
+        lines += ["", f"{workload:26}{head}"]
         for row in rows:
-            start = f"{workload:24}{row['name']:20}{row['dtype']:10}"
-            if "error" in row:
-                lines.append(f"{start}{row['error'][:60]}")
-                continue
-            share = "" if row.get("share") is None else f"{row['share']:.0%}"
-            lines.append(f"{start}{row['step_us']:12.1f}{share:>8}")
-    return "\n".join(lines)
+            cells = "".join(_cell(row, *column) for column in COLUMNS)
+            lines.append(f"{row['arm']:26}{cells if 'error' not in row else row['error'][:72]}")
+    return lines
 
 
-def main() -> int:
-    """Check, time, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _cell(row: Row, key: str, _: str, width: int, form: str) -> str:
+    value = row.get(key)
+    if value is None and key == "kernels":
+        value = row.get("launches")
+    return " " * width if value is None else f"{value:{width}{form}}"
+
+
+def summary(run: Run) -> list[str]:
+    """Return the last lines: what was checked, the table, the goals."""
+    report = run.report
+    same = [row["arm"] for row in report.get("bits", []) if row.get("equal")]
+    other = [row["arm"] for row in report.get("bits", []) if not row.get("equal")]
+    return [
+        *table(report),
+        "",
+        *goals(report),
+        "",
+        f"bits of the CPU: {len(same)} alike; otherwise: {', '.join(other) or 'none'}",
+        *report.get("tests", [])[-12:],
+        str(report.get("machine")),
+        *(["DRY RUN: nothing was measured"] if run.dry else []),
+    ]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Build, check, time, write, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20, help="in a round")
-    parser.add_argument("--no-check", action="store_true", help="do not run the tests first")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU: no result")
-    options = parser.parse_args()
-    device = "cpu" if options.rehearse else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: nothing was checked or timed")
+    parser.add_argument("--seconds", type=float, default=540, help="for everything")
+    parser.add_argument("--no-check", action="store_true", help="do not run the tests")
+    parser.add_argument("--dry", action="store_true", help="tiny, in the interpreter: no result")
+    options = parser.parse_args(words)
+    run = Run(options.out, options.seconds, dry=options.dry)
+    build(run)
+    if not run.dry:
+        smi = "nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
+        run.report["nvidia-smi"] = run.call("card", [*smi.split(), "--format=csv"], 20).strip()
+    described = run.work("machine", 90, task="describe")
+    if not described:
+        print("\n".join(["no GPU that torch can use: nothing was checked or timed", *summary(run)]))
         return 2
-    checked = "not asked for"
-    if device == "cuda" and not options.no_check:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-        code = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False).returncode
-        checked = "passed" if code == 0 else f"failed: pytest ended with {code}"
-    bandwidth = copy_bandwidth(device, 1 << (12 if options.rehearse else 28))
-    report: dict[str, Any] = {
-        "machine": machine(device), "checked": checked, "copy_bytes_per_second": bandwidth,
-        "workloads": {},
-    }  # fmt: skip
-    for workload, shapes in (TINY if options.rehearse else WORKLOADS).items():
-        rows = timed(shapes, device, options.rounds, options.steps)
-        numel = sum(torch.Size(shape).numel() for shape in shapes)
-        for row in rows:
-            bytes_moved = TRAFFIC[row["dtype"]] * numel
-            plain = row["name"] in ("ebbtide", "torch fused", "torch foreach")
-            if plain and "step_us" in row:
-                row["share"] = bytes_moved / (row["step_us"] * 1e-6) / bandwidth
-        report["workloads"][workload] = rows
-    options.out.write_text(json.dumps(report, indent=1))
-    print(f"checks: {checked}; copy bandwidth {bandwidth / 1e9:.0f} GB/s; {report['machine']}")
-    print(table(report))
-    return 0 if checked in ("passed", "not asked for") else 1
+    run.report["machine"] = described[0]
+    run.report["bits"] = run.work("bits", 120, task="compare")
+    workloads = ["dry"] if run.dry else [MODEL, ONE, SMALL]
+    for workload in workloads:
+        time_arms(run, workload, OURS, f"time {workload}", 90)
+    if not options.no_check:
+        check(run)
+    for workload in workloads:
+        for peer, arms in PEERS.items():
+            if find_spec(peer):
+                time_arms(run, workload, [BESIDE, *arms], f"time {workload}, {peer}", 75)
+            else:
+                rows = run.report["workloads"][workload]
+                rows += [{"arm": arm, "error": f"{peer} is not installed"} for arm in arms]
+    run.save()
+    print("\n".join(summary(run)), flush=True)
+    unequal = [row for row in run.report["bits"] if not row.get("equal")]
+    tested = options.no_check or run.report["stages"]["tests"]["outcome"] == "passed"
+    return 0 if tested and run.report["bits"] and not unequal else 1
 
 
 if __name__ == "__main__":

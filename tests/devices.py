@@ -35,7 +35,10 @@ def on(device: str) -> Iterator[None]:
     The interpreter computes with NumPy, which warns of what kernels do without a word.
     """
     if device == GPU:
+        import triton
+
         assert torch.cuda.is_available(), "pytest -m gpu needs a GPU"
+        assert not triton.knobs.runtime.interpret, "the kernels are interpreted: pytest -m gpu"
     before = _core.instruction_set()
     _core.set_instruction_set("avx2" if contracts() else "baseline")
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
