@@ -55,11 +55,7 @@ def draw_profiles(profiles: Sequence[Profile], *, y_label: str, higher_is_better
 
 
 def _draw_profile(axes: Any, profile: Profile, color: str) -> None:
-    known = np.isfinite(profile.values)
-    count = known.sum(axis=0)
-    mean = np.where(known, profile.values, 0).sum(axis=0) / np.maximum(count, 1)
-    mean[count == 0] = np.nan
-    axes.plot(profile.lrs, mean, "o-", color=color, linewidth=1.8, markersize=4,
+    axes.plot(profile.lrs, _means(profile), "o-", color=color, linewidth=1.8, markersize=4,
               label=profile.label)  # fmt: skip
     for row in profile.values:
         axes.plot(profile.lrs, row, ".", color=color, alpha=0.4, markersize=4)
@@ -67,13 +63,25 @@ def _draw_profile(axes: Any, profile: Profile, color: str) -> None:
               solid_capstyle="butt")  # fmt: skip
 
 
+def _means(profile: Profile) -> NDArray[np.float64]:
+    """Return the mean over the seeds that came to a result, (L,); NaN where none did."""
+    known = np.isfinite(profile.values)
+    count = known.sum(axis=0)
+    sums = np.where(known, profile.values, 0).sum(axis=0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+
+
 def _limits(profiles: Sequence[Profile], higher_is_better: bool) -> tuple[float, float]:
     """Return the ends of the axis: what is far worse would leave no room for the rest."""
     sign = -1.0 if higher_is_better else 1.0
-    costs = [np.sort(sign * p.values[np.isfinite(p.values)]) for p in profiles]
-    costs = [cost for cost in costs if cost.size]
-    low = min(float(cost[0]) for cost in costs)
-    shown = max(float(cost[int(_SHOWN * (cost.size - 1))]) for cost in costs)
+    low = min(float(np.nanmin(sign * profile.values)) for profile in profiles)
+    costs = [sign * _means(profile) for profile in profiles]
+    sorted_costs = [np.sort(cost[np.isfinite(cost)]) for cost in costs]
+    # The best lr and one beside it at least.
+    shown = max(
+        float(cost[min(cost.size - 1, max(1, int(_SHOWN * (cost.size - 1))))])
+        for cost in sorted_costs
+    )
     high = max(shown, *(sign * profile.level for profile in profiles))
     margin = 0.06 * (high - low) or 0.06 * abs(low) or 1.0
     ends = sign * (low - margin), sign * (high + margin)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ebbtide.lab.conclusions import advantages, join
 from ebbtide.lab.grid import format_value, parse_grid
 from ebbtide.lab.statistics import paired_difference
@@ -68,7 +70,7 @@ class Said:
         """Say where the best point lies and what it stands out from."""
         label, metric = self.arm.label, self.results.metric
         if self.arm.best is None:
-            return f"No cell of {label}'s has come to a result."
+            return f"{_nothing([self], f' of {label}')}."
         seeds = len(self.arm.cells)
         so_far = " so far" if self.results.missing else ""
         words = f"{label} is best{so_far} at {self.place}: {metric} {self.number(self.best_value)}"
@@ -187,7 +189,7 @@ def across(items: Sequence[Said]) -> str:
     """Say where the best optimizer stands against the others, each at its best."""
     known = [item for item in items if item.arm.best is not None]
     if not known:
-        return "No cell has come to a result."
+        return f"{_nothing(items)}."
     metric = known[0].results.metric
     maximize = known[0].arm.maximize
     order = sorted(known, key=lambda item: item.best_value, reverse=maximize)
@@ -213,7 +215,7 @@ def winner(items: Sequence[Said]) -> str:
     """Say which cell is the best of all."""
     known = [item for item in items if item.arm.best is not None]
     if not known:
-        return "No cell has come to a result."
+        return f"{_nothing(items)}."
     best = max(known, key=lambda item: item.best_value * (1 if item.arm.maximize else -1))
     value = f"{best.results.metric} {best.number(best.best_value)}"
     return f"The best cell is {best.arm.label}'s at {best.place}: {value}."
@@ -227,6 +229,13 @@ def widest(items: Sequence[Said]) -> str:
     rooms = sorted(known, key=lambda item: -_room(item.width))
     listed = join([f"{item.arm.label} {_room_words(item.width)}" for item in rooms])
     return f"The room of the lr, from its smallest to its largest value of the bar: {listed}."
+
+
+def _nothing(items: Sequence[Said], whose: str = "") -> str:
+    """Say why there is no best point."""
+    if any(np.isfinite(item.arm.values).any() for item in items):
+        return f"Every point{whose} that came to a value diverged under another seed"
+    return f"No cell{whose} has come to a result"
 
 
 def extended(points: Sequence[float], end: str, *, sampled: bool) -> str:
