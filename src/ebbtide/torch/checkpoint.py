@@ -27,7 +27,7 @@ from ebbtide.torch.storage import (
 from ebbtide.torch.tensors import LOW_PRECISION
 
 if TYPE_CHECKING:
-    from ebbtide.torch.base import Optimizer
+    from ebbtide.torch.persistence import Persistent
 
 __all__ = ["CheckpointError", "load", "load_state_dict", "problem_of", "save"]
 
@@ -87,7 +87,7 @@ def load(
 
 
 def load_state_dict(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
+    optimizer: Persistent, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
 ) -> None:
     """Load a state dict with its hooks, all or nothing; see `Optimizer.load_state_dict`."""
     state_dict = dict(state_dict)
@@ -102,7 +102,7 @@ def load_state_dict(
 
 
 def _prepared(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
+    optimizer: Persistent, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
 ) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """Return the new state and the new groups; changes nothing."""
     groups = optimizer.param_groups
@@ -121,7 +121,7 @@ def _prepared(
     return state, loading.groups
 
 
-def _lost(optimizer: Optimizer, loading: Loading) -> bool:
+def _lost(optimizer: Persistent, loading: Loading) -> bool:
     """Whether a file without moments replaces some, or comes from a run that had some.
 
     A file that changes nothing says nothing either: trainers load an optimizer's own state into it
@@ -134,7 +134,7 @@ def _lost(optimizer: Optimizer, loading: Loading) -> bool:
     return live or _settings(groups) != _settings(loading.groups)
 
 
-def _absent(optimizer: Optimizer, loading: Loading) -> list[str]:
+def _absent(optimizer: Persistent, loading: Loading) -> list[str]:
     """Name the parameters that are to be trained and without state in a file that holds some.
 
     One that has never had a gradient is right without; only the user can tell it from a loss.
@@ -201,7 +201,7 @@ def _keep_names(loading: Loading, saved: list[Mapping[str, Any]]) -> None:
         group["param_names"] = list(names or ())
 
 
-def _check_groups(optimizer: Optimizer, merged: list[dict[str, Any]]) -> None:
+def _check_groups(optimizer: Persistent, merged: list[dict[str, Any]]) -> None:
     for number, group in enumerate(merged):
         try:
             validate_group(optimizer._rule, numbers(group), f" (saved for group {number})")
@@ -209,7 +209,7 @@ def _check_groups(optimizer: Optimizer, merged: list[dict[str, Any]]) -> None:
             raise CheckpointError(f"{error}: nothing was loaded") from error
 
 
-def _loaded_state(optimizer: Optimizer, loading: Loading) -> dict[Any, Any]:
+def _loaded_state(optimizer: Persistent, loading: Loading) -> dict[Any, Any]:
     """Copy the state of every pair; what cannot be used is added to the difference."""
     state: dict[Any, Any] = defaultdict(dict, loading.rest)
     params = [(param, group) for group in loading.groups for param in group["params"]]
@@ -225,7 +225,7 @@ def _loaded_state(optimizer: Optimizer, loading: Loading) -> dict[Any, Any]:
 
 
 def _loaded(
-    optimizer: Optimizer,
+    optimizer: Persistent,
     name: str,
     param: torch.Tensor,
     group: Mapping[str, Any],

@@ -122,11 +122,11 @@ def estimate(
         >>> print(estimate(model, state_format="8bit"))
         parameters     32 MiB  8,393,728 trainable, 0 frozen
         gradients      32 MiB
-        state        16.5 MiB  tensors: 2 in 8bit, 2 in float32
-        step peak    80.6 MiB  parameters, gradients, state
-        load peak    64.6 MiB  load(path, mmap=True)
-                     65.1 MiB  load(path)
-        stored per trainable parameter: 6.07 B
+        state        16.4 MiB  tensors: 2 in 8bit, 2 in float32
+        step peak    80.5 MiB  parameters, gradients, state
+        load peak    64.4 MiB  load(path, mmap=True)
+                     64.8 MiB  load(path)
+        stored per trainable parameter: 6.05 B
     """
     infos = [info for info, _ in find_parameters(model)]
     if not infos:
