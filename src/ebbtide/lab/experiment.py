@@ -28,7 +28,7 @@ from ebbtide.lab.parallel import on_all_processors, stoppable
 from ebbtide.lab.statistics import Interval, bootstrap_mean, paired_difference
 from ebbtide.lab.tasks import Arm, Cell, Outcomes, Task, Tick
 
-__all__ = ["ArmResult", "Experiment", "Grid", "OptimizerResult", "Watcher", "run"]
+__all__ = ["ArmResult", "Experiment", "Grid", "KeepsCalls", "OptimizerResult", "Watcher", "run"]
 
 
 class Watcher(Protocol):
