@@ -180,6 +180,17 @@ def test_a_report_holds_verdicts_words_and_numbers(tmp_path: Path) -> None:
     assert {row["claim"] for row in rows} == {"late-parameter", "imagenet"}
 
 
+def test_what_was_changed_after_first_numbers_is_said(tmp_path: Path) -> None:
+    changed, kept = choose_claims("warm-restarts,formulas")[::-1]
+    findings = [Finding(claim, claim.expected, "So.", Evidence({})) for claim in (changed, kept)]
+    write_report(findings, QUICK, tmp_path / "claims")
+    results = json.loads((tmp_path / "claims" / "results.json").read_text())
+    assert [claim["revised"] for claim in results["claims"]] == [changed.revised, ""]
+    text = (tmp_path / "claims" / "report.html").read_text()
+    assert changed.revised
+    assert text.count("<span>Changed</span>") == 1
+
+
 def test_the_summary_counts_verdicts_and_surprises() -> None:
     claim = choose_claims("formulas")[0]
     findings = [Finding(claim, verdict, "", Evidence({})) for verdict in Verdict]

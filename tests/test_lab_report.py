@@ -28,6 +28,7 @@ from ebbtide.lab.pictures import (
     to_png,
     to_svg,
 )
+from ebbtide.lab.pictures.heat import ColorScale
 from ebbtide.lab.report import Picture, Report, Section, Table, picture_files, render
 from ebbtide.lab.statistics import Interval, bootstrap_mean
 
@@ -64,6 +65,7 @@ PICTURES = {
     "heat of a loss": heat([[1, 2, 3], [4, 5, 60]], best=(0, 0), higher_is_better=False),
     "heat without numbers": heat(np.full((2, 3), np.nan)),
     "heat of equal cells": heat(np.ones((2, 3))),
+    "heat over decades": heat([[1e-6, 1e-4, 1e-2], [1e-1, 1, np.nan]], higher_is_better=False),
     "curves": curves(),
     "dots": dots(),
 }
@@ -111,6 +113,26 @@ def test_panels_share_one_colour_scale_whose_bright_end_is_the_good_one() -> Non
         values = [float(text.get_text()) for text in figure.axes[0].texts]
         brightness = [sum(color[:3]) for color in first[: len(values)]]
         assert values[int(np.argmax(brightness))] == best
+
+
+@pytest.mark.parametrize(
+    ("values", "logarithmic"),
+    [([0.9, 1.0, 3.0], False), ([1e-6, 1e-3, 1.0], True), ([0.0, 1.0, 1e6], False),
+     ([-1.0, 1.0, 1e6], False), ([2.0, 2.0, 2.0], False), ([np.nan, np.nan], False)],
+)  # fmt: skip
+def test_the_colours_follow_equal_ratios_where_values_span_decades(
+    values: list[float], logarithmic: bool
+) -> None:
+    scale = ColorScale(np.array(values), LIGHT, higher_is_better=False)
+    assert scale.log == logarithmic
+    assert scale.of(np.array([*values, np.nan])).shape == (len(values) + 1, 4)
+
+
+def test_a_small_picture_is_not_blown_up() -> None:
+    text = render(report(PICTURES["dots"])).decode()
+    (width,) = re.findall(r'style="max-width: (\d+)px"', text)
+    figure = PICTURES["dots"](LIGHT, False)
+    assert int(width) == pytest.approx(1.5 * 96 * figure.get_figwidth(), abs=1)
 
 
 def test_html_holds_everything_and_reaches_for_nothing() -> None:
