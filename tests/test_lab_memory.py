@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ebbtide
 from ebbtide.lab.claims.bench import ADAMW, PLAIN, Bench, Effort
 from ebbtide.lab.claims.registry import choose_claims
 from ebbtide.lab.claims.report import write_partly, write_report
@@ -22,7 +23,7 @@ QUICK = Effort(quick=True)
 
 
 def memory(tmp_path: Path, **identity: object) -> Unfinished:
-    return Unfinished(tmp_path / "unfinished", identity)
+    return Unfinished(tmp_path / "report", identity)
 
 
 def made(value: float) -> Arrays:
@@ -46,10 +47,12 @@ def test_a_run_is_made_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_of_another_command_are_thrown_away(tmp_path: Path) -> None:
+def test_runs_of_another_command_are_neither_used_nor_lost(tmp_path: Path) -> None:
     memory(tmp_path, seed=0).arrays("a", lambda: made(1.0), lambda: None)
     other = memory(tmp_path, seed=1)
     assert other.arrays("a", lambda: made(2.0), lambda: None)["value"] == 2.0
+    other.forget()
+    assert memory(tmp_path, seed=0).arrays("a", unknown, lambda: None)["value"] == 1.0
 
 
 def test_a_damaged_run_is_made_again(tmp_path: Path) -> None:
@@ -60,15 +63,26 @@ def test_a_damaged_run_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "thesis.tex").write_text("mine")
+    folder = memory(tmp_path).folder
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="in the way"):
         memory(tmp_path)
-    assert (tmp_path / "unfinished" / "thesis.tex").read_text() == "mine"
+    assert (folder / "thesis.tex").read_text() == "mine"
 
 
-def test_the_fingerprint_of_the_code_stays() -> None:
-    assert code_fingerprint() == code_fingerprint()
+def test_the_fingerprint_changes_with_the_code_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "lab" / "runs.py"
+    source.parent.mkdir()
+    source.write_text("steps = 1")
+    monkeypatch.setattr(ebbtide, "__file__", str(tmp_path / "__init__.py"))
+    before = code_fingerprint()
+    (tmp_path / "notes.txt").write_text("no code")
+    assert code_fingerprint() == before
+    source.write_text("steps = 2")
+    assert code_fingerprint() != before
 
 
 def test_an_experiment_goes_on_with_the_same_numbers(tmp_path: Path) -> None:

@@ -133,9 +133,9 @@ def _compare(request: Request, out: Path, as_json: bool) -> None:
 
 
 def _memory(out: Path, identity: dict[str, Any]) -> Unfinished:
-    from ebbtide.lab.memory import Unfinished
+    from ebbtide.lab.memory import Unfinished, code_fingerprint
 
-    memory = Unfinished.of_report(out, **identity)
+    memory = Unfinished(out, {**identity, "code": code_fingerprint()})
     if memory.folder.exists():
         typer.echo(f"goes on with what {memory.folder} holds", err=True)
     return memory

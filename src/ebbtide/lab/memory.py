@@ -59,30 +59,27 @@ FORGETFUL = Memory()
 
 
 class Unfinished(Memory):
-    """Runs kept in a folder until the command has come to its end.
+    """Runs kept in a folder beside the report's until the command has come to its end.
+
+    The folder has a name of its own for each command, and nothing is made before the first run
+    is kept.
 
     Args:
-        folder: Beside the report's; nothing is made before the first run is kept.
-        identity: All that the numbers depend on. What was kept under another is thrown away.
+        report: Folder of the report.
+        identity: All that the numbers depend on.
 
     Raises:
         InputError: There is a folder of that name which is not of this kind.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, report: Path, identity: Mapping[str, Any]) -> None:
         self._prefix = ""
         self._digest = _digest(json.dumps(identity, sort_keys=True, default=str))
         self._lock = threading.Lock()
-        if folder.exists() and _mark_of(folder) != self._digest:
-            shutil.rmtree(folder)
-
-    @classmethod
-    def of_report(cls, report: Path, **identity: Any) -> Unfinished:
-        """Return the memory of the command that writes a report."""
         resolved = report.resolve()
-        folder = resolved.with_name(f"{resolved.name}.unfinished")
-        return cls(folder, {**identity, "code": code_fingerprint()})
+        self.folder = resolved.with_name(f"{resolved.name}.{self._digest[:8]}.unfinished")
+        if self.folder.exists() and _mark_of(self.folder) != self._digest:
+            raise InputError(f"{self.folder} is in the way: it holds no unfinished report")
 
     def within(self, part: str) -> Memory:
         """Return the memory of a part of the command."""
@@ -142,14 +139,11 @@ def code_fingerprint() -> str:
     return found.hexdigest()
 
 
-def _mark_of(folder: Path) -> str:
+def _mark_of(folder: Path) -> str | None:
     try:
-        content = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-        return str(content["identity"])
+        return str(json.loads((folder / _MARK).read_text(encoding="utf-8"))["identity"])
     except (OSError, ValueError, KeyError, TypeError):
-        if folder.is_dir() and not any(folder.iterdir()):
-            return ""
-        raise InputError(f"{folder} is in the way: it holds no unfinished report") from None
+        return None
 
 
 def _to_arrays(outcomes: Outcomes) -> Arrays:
