@@ -26,8 +26,11 @@ def bench(
         str | None, typer.Option(help="Comma-separated: W1, W2, W3, W4, W5, W10k. Default: all.")
     ] = None,
     scenarios: Annotated[
-        str, typer.Option(help="Comma-separated: step, clip, dead5, dead50, backward.")
-    ] = "step,clip,dead5,dead50,backward",
+        str,
+        typer.Option(
+            help="Comma-separated: step, clip, dead5, dead50, 8bit, 24bit, bfloat16, backward."
+        ),
+    ] = "step,clip,dead5,dead50,8bit,24bit,bfloat16,backward",
     seconds: Annotated[float, typer.Option(min=0.1, help="About how long for each row.")] = 8.0,
     all_peers: Annotated[
         bool, typer.Option("--all-peers", help="Also torch.compile and other packages installed.")

@@ -9,7 +9,13 @@ import torch
 
 from ebbtide.torch import AdamW, step_in_backward
 
-__all__ = ["BackwardAndStep", "backward_contestants"]
+__all__ = ["INSIDE", "BackwardAndStep", "backward_contestants"]
+
+# Who steps inside backward, and how that is said in a table.
+INSIDE = {
+    "ebbtide, inside backward": "inside backward",
+    "ebbtide, 8-bit, inside backward": "with 8-bit state",
+}
 
 
 class BackwardAndStep:
@@ -51,15 +57,20 @@ class BackwardAndStep:
 
 
 def backward_contestants(**size: int) -> dict[str, BackwardAndStep]:
-    """Return torch's fused step after backward, ours after it, and ours inside it."""
+    """Return torch's fused step after backward, ours after it, and ours inside it, twice."""
 
-    def inside(model: torch.nn.Module) -> AdamW:
-        optimizer = AdamW(model.parameters())
-        step_in_backward(model, optimizer)
-        return optimizer
+    def inside(**options: str) -> Callable[[torch.nn.Module], AdamW]:
+        def make(model: torch.nn.Module) -> AdamW:
+            optimizer = AdamW(model.parameters(), **options)  # type: ignore[arg-type]
+            step_in_backward(model, optimizer)
+            return optimizer
 
+        return make
+
+    first, second = INSIDE
     return {
         "fused": BackwardAndStep(lambda m: torch.optim.AdamW(m.parameters(), fused=True), **size),
         "ebbtide": BackwardAndStep(lambda m: AdamW(m.parameters()), **size),
-        "ebbtide, inside backward": BackwardAndStep(inside, **size),
+        first: BackwardAndStep(inside(), **size),
+        second: BackwardAndStep(inside(state_format="8bit"), **size),
     }

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ebbtide.backends.cpu import describe, memory_stream
-from ebbtide.lab.bench.backward import backward_contestants
+from ebbtide.lab.bench.backward import INSIDE, backward_contestants
 from ebbtide.lab.bench.measure import Timing, interleaved, step_peak_bytes
-from ebbtide.lab.bench.peers import BASELINE, installed
+from ebbtide.lab.bench.peers import BASELINE, Peers, installed
 from ebbtide.lab.bench.workloads import SCENARIOS, WORKLOADS, Contestant, Scenario, Workload
 
 __all__ = ["Benchmark", "Row", "readme_table", "run"]
@@ -105,12 +105,15 @@ def run(
 
 
 def _measure(scenario: Scenario, workload: Workload, seconds: float, all_peers: bool) -> Row:
-    peers = installed(clip=scenario.clip, all_peers=all_peers)
     contestants = {
-        name: Contestant(workload, make, clip=clip, dead=scenario.dead)
-        for name, (make, clip) in peers.items()
-        # the loop over tensors in Python takes minutes to let 25 M elements die
-        if not (scenario.dead and name in {"default", "foreach"})
+        name: Contestant(
+            workload,
+            make,
+            clip=clip,
+            dead=scenario.dead,
+            dtype=torch.float32 if name == BASELINE else scenario.dtype,
+        )
+        for name, (make, clip) in _peers(scenario, all_peers).items()
     }
     if scenario.dead:
         for contestant in contestants.values():
@@ -120,7 +123,7 @@ def _measure(scenario: Scenario, workload: Workload, seconds: float, all_peers: 
     timings = interleaved(contestants, BASELINE, seconds=seconds, repeats=repeats)
     peaks = {name: step_peak_bytes(each) for name, each in contestants.items()}
     share = None
-    if not scenario.clip and not scenario.dead and workload.numel >= 20_000_000:
+    if scenario.name == "step" and workload.numel >= 20_000_000:
         least = memory_stream(workload.numel, 7)
         share = least * 1e6 / timings["ebbtide"].step_us
     return Row(
@@ -133,6 +136,21 @@ def _measure(scenario: Scenario, workload: Workload, seconds: float, all_peers: 
         share,
         {name: peak for name, peak in peaks.items() if peak is not None},
     )
+
+
+def _peers(scenario: Scenario, all_peers: bool) -> Peers:
+    peers = installed(clip=scenario.clip, all_peers=all_peers, options=scenario.options)
+    kept = set(peers)
+    if scenario.dead:  # the loop over tensors in Python takes minutes to let 25 M elements die
+        kept -= {"default", "foreach"}
+    if scenario.low_bit:  # only those that keep less than float32 too
+        kept = {BASELINE, "ebbtide"} | (
+            {"bitsandbytes, 8-bit"} & kept if scenario.options else set()
+        )
+    found = {name: peer for name, peer in peers.items() if name in kept}
+    if scenario.dtype is not torch.float32:
+        found["fused, bfloat16"] = peers[BASELINE]
+    return found
 
 
 def _backward(seconds: float) -> Row:
@@ -185,8 +203,13 @@ def readme_table(benchmark: Benchmark) -> str:
             for name in ("default", "foreach")
         ]
         ours = str(row.timings["ebbtide"].ratio)
-        if "ebbtide, inside backward" in row.timings:
-            ours = f"{row.timings['ebbtide, inside backward'].ratio} inside backward"
+        inside = [
+            f"{row.timings[name].ratio} {words}"
+            for name, words in INSIDE.items()
+            if name in row.timings
+        ]
+        if inside:
+            ours = ", ".join(inside)
         lines.append(
             f"| {row.what} | {row.numel:,} | {row.tensors:,} | {ours} | {' | '.join(cells)} |"
         )

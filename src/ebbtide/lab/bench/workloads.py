@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("W1", "one tensor of 64 M", ((64 * 2**20,),)),
+        Workload("W1", "one tensor of 64 M", ((2**16, 2**10),)),
         Workload("W2", "GPT-2 small, 148 tensors", tuple(_gpt2())),
         Workload("W3", "ResNet-50, 161 tensors", tuple(_resnet50())),
         Workload("W4", "an MLP, 6 tensors", ((64, 64), (64,), (64, 64), (64,), (10, 64), (10,))),
@@ -82,6 +82,7 @@ class Contestant:
         clip: Clip the global norm in each step: inside the step (`"inside"`), before it with
             `torch.nn.utils.clip_grad_norm_` (`"before"`), or not (`None`).
         dead: Share of elements whose gradient is exactly zero.
+        dtype: Of parameters and gradients.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Contestant:
         *,
         clip: str | None = None,
         dead: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [
-            torch.randn(shape, generator=generator).mul_(0.02).requires_grad_()
+            torch.randn(shape, generator=generator).mul_(0.02).to(dtype).requires_grad_()
             for shape in workload.shapes
         ]
-        self._gradients = [_gradient(shape, generator, dead) for shape in workload.shapes]
+        self._gradients = [_gradient(shape, generator, dead).to(dtype) for shape in workload.shapes]
         self._clip = clip
         self.optimizer = make(self.params)
         # Gradients of large tensors are kept; those of small ones are made by backward each time,
@@ -139,6 +141,8 @@ class Scenario:
         workloads: On which models.
         clip: Clip the global norm in each step.
         dead: Share of elements whose gradient has been zero for a long time.
+        dtype: Of the parameters that ours steps; the baseline's are float32.
+        options: Keywords for ours.
     """
 
     name: str
@@ -146,8 +150,16 @@ class Scenario:
     workloads: tuple[str, ...]
     clip: bool = False
     dead: float = 0.0
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether ours keeps less than float32."""
+        return self.dtype is not torch.float32 or bool(self.options)
 
 
+_EIGHT = {"state_format": "8bit"}
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -157,5 +169,14 @@ SCENARIOS = {
         ),
         Scenario("dead5", "5 % of elements dead", ("W3",), dead=0.05),
         Scenario("dead50", "50 % of elements dead", ("W3",), dead=0.5),
+        Scenario("8bit", "8-bit state", ("W1", "W2", "W3"), options=_EIGHT),
+        Scenario(
+            "24bit",
+            "bfloat16 with 8-bit residual and 8-bit state",
+            ("W1", "W2", "W3"),
+            dtype=torch.bfloat16,
+            options={**_EIGHT, "master_format": "24bit"},
+        ),
+        Scenario("bfloat16", "bfloat16 as it comes", ("W1", "W2", "W3"), dtype=torch.bfloat16),
     )
 }
