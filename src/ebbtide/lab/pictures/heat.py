@@ -148,6 +148,7 @@ def _draw_panel(
     rows, columns = panel.values.shape
     rgba = colors.of(panel.values)
     printed = max(rows, columns) <= _MOST_PRINTED
+    size = min(8.0, max(6.0, 48 / columns))  # so that five characters fit
     for row, column in np.ndindex(rows, columns):
         value, known = panel.values[row, column], np.isfinite(panel.values[row, column])
         lost = bool(panel.diverged[row, column])
@@ -160,7 +161,7 @@ def _draw_panel(
         said = write(float(value)) if shown else panel.marks.get((row, column), "")
         if said and (printed or not shown):
             ink = colors.ink_on(rgba[row, column]) if shown else theme.ink
-            axes.text(column, row, said, color=ink, fontsize=8).set(ha="center", va="center")
+            axes.text(column, row, said, color=ink, fontsize=size).set(ha="center", va="center")
     if panel.band is not None:
         for row, column in np.argwhere(panel.band):
             _frame(axes, row, column, colors.ink_on(rgba[row, column]))
