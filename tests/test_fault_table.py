@@ -176,6 +176,43 @@ def test_moments_in_float64_keep_their_range_under_smaller_parameters(
     torch.testing.assert_close(moment, torch.full((4,), expected), rtol=2e-3, atol=0.0)
 
 
+def test_moments_in_float64_keep_their_range_on_the_numpy_face() -> None:
+    wide, narrow = np.ones((2, 2)), np.ones((2, 2), np.float16)
+    optimizer = ebbtide.numpy.AdamW({"w": wide})
+    optimizer.step({"w": np.full((2, 2), 1e-4)})
+    resumed = ebbtide.numpy.AdamW({"w": narrow})
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        moment = resumed.state["w"]["exp_avg_sq"]
+        assert moment.dtype == np.float32
+        np.testing.assert_allclose(moment, 1e-11, rtol=1e-6)
+        resumed.state["w"]["exp_avg_sq"] = moment.astype(np.float64)
+        resumed.step({"w": np.zeros((2, 2), np.float16)})
+        moment = resumed.state["w"]["exp_avg_sq"]
+        assert moment.dtype == np.float32
+        np.testing.assert_allclose(moment, 0.999e-11, rtol=1e-6)
+        resumed.state["w"]["exp_avg_sq"] = moment / np.float32(0.999)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_scalars_of_numpy_are_gradients_of_arrays_without_dimensions(
+    kind: str, clip: float | None
+) -> None:
+    def make(array: Any) -> Any:
+        family = getattr(ebbtide.numpy, kind)
+        return family({"w": array}, lr=0.1, weight_decay=0.0, clip_grad_norm=clip)
+
+    ours, reference = np.array(1.0), np.array(1.0)
+    optimizer, other = make(ours), make(reference)
+    for number in range(5):
+        optimizer.step({"w": 2 * ours if number != 3 else np.array(2 * ours)})
+        other.step({"w": np.array(2 * reference)})
+        assert ours == reference
+    with pytest.raises(TypeError, match="gradient of 'w' has dtype float32, the array float64"):
+        optimizer.step({"w": np.float32(1.0)})
+
+
 @pytest.mark.parametrize("grad", [1e19, 1e20, 1.8e19])
 def test_a_huge_gradient_steps_by_the_rule(grad: float) -> None:
     param = parameter(2)

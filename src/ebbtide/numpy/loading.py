@@ -65,7 +65,7 @@ def _check_state(name: str, key: str, values: Array, array: Array) -> None:
 def _state_dtype(key: str, values: Array, array: Array) -> str:
     """Return the saved dtype, where a step can work with it; see `ebbtide.torch.checkpoint`."""
     if np.float64 in (values.dtype, array.dtype):
-        return str(array.dtype.str)
+        return "<f4" if array.dtype == np.float16 else str(array.dtype.str)
     if key.endswith("_sq") and values.dtype == np.float16:
         return "<f4"
     return str(values.dtype.str)

@@ -102,7 +102,9 @@ class Planner:
         if grad is None:
             self.plan.entries.append((array, part, None, None))
             return
-        check_grad(name, array, grad)
+        # NumPy's functions return scalars where the result has no dimensions.
+        given = np.asarray(grad) if isinstance(grad, np.generic) else grad
+        check_grad(name, array, given)
         keys = self.rule.state_keys(group)
         state = self.state.get(name, {})
         changes = self._missing(name, array, state, keys)
@@ -120,9 +122,8 @@ class Planner:
         for each in (array, *(merged[key] for key in keys)):
             region = Region(name, _address(each), each.itemsize, _extents(each))
             self.plan.regions.append(region)
-        theirs = (
-            grad if _extents(grad) == _extents(mine) and grad.flags.aligned else _like(mine, grad)
-        )
+        fits = _extents(given) == _extents(mine) and given.flags.aligned
+        theirs = given if fits else _like(mine, given)
         keep = tuple(each for each in (mine, theirs) if each is not array and each is not grad)
         self.plan.cacheable &= not keep
         row = _row(name, mine, theirs, [merged[key] for key in keys], merged.get("step"), count)
@@ -167,6 +168,8 @@ def _fitted(name: str, key: str, value: Array, mine: Array) -> Array:
             f"state {key!r} of {name!r} has shape {value.shape}, the array {mine.shape}"
         )
     dtype = mine.dtype if np.float64 in (value.dtype, mine.dtype) else value.dtype
+    if value.dtype == np.float64 and dtype == np.float16:  # where small squares would vanish
+        dtype = np.dtype(np.float32)
     if value.dtype == dtype and value.flags.aligned and _extents(value) == _extents(mine):
         return value
     return _like(mine, value, dtype)
