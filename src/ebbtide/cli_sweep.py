@@ -173,10 +173,6 @@ class _Ending:
 
         parse_rise(self.rise)
         if self.wanted:
-            # What the report needs had better be missed now than after a night of training.
-            import jinja2  # noqa: F401
-            import matplotlib  # noqa: F401
-
             check_folder(self._folder(study), COMMAND)
 
     def show(self, results: Results) -> None:

@@ -24,7 +24,12 @@ def check_folder(folder: Path, command: str) -> None:
 
     Raises:
         InputError: The folder holds something else, is the current one, or cannot be made.
+        ModuleNotFoundError: A package that reports need is missing.
     """
+    # What the report needs had better be missed now than after a night of training.
+    import jinja2  # noqa: F401
+    import matplotlib  # noqa: F401
+
     if folder.is_file() or (folder.is_symlink() and not folder.is_dir()):
         raise InputError(f"{folder} is a file, not a folder")
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
