@@ -14,7 +14,7 @@ settings.register_profile("ebbtide", deadline=None, derandomize=True)
 settings.load_profile("ebbtide")
 
 
-# A shell starts background jobs with Ctrl-C ignored, and the commands under test would inherit that.
+# A shell starts background jobs with Ctrl-C ignored; the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -21,7 +21,7 @@ from ebbtide.hyperparameters import (
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.torch import ranks
-from ebbtide.torch.devices import Devices, decides
+from ebbtide.torch.devices import ELSEWHERE, Devices, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
 from ebbtide.torch.judgement import judge, judge_plan, looks_first
 from ebbtide.torch.persistence import Persistent
@@ -175,7 +175,8 @@ class Optimizer(Persistent):
             outcome = self._plan_alone()
         if self._stepped and (self._skipped is False or self._skipped is None):
             torch._C._increment_version(self._stepped)
-        if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), self._meshes):
+        meshes = [] if self._devices.alone else self._meshes  # GPUs let ranks agree later
+        if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), meshes):
             self._raise_nonfinite(outcome)
         return loss
 
@@ -326,7 +327,7 @@ class Optimizer(Persistent):
     def _raise_nonfinite(self, outcome: Outcome) -> None:
         flat = self._named()
         if not outcome.untouched:
-            raise FloatingPointError("non-finite gradient on another rank, which names it")
+            raise FloatingPointError(ELSEWHERE)
         rows = [(flat[i][0], count, flat[i][1].numel()) for i, count in outcome.untouched]
         # SGD keeps no count; where it has none, that of the calls since it was made or loaded.
         step = self.state.get(flat[outcome.untouched[0][0]][1], {}).get("step", self._calls)

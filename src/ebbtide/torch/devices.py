@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebbtide.plan import Plan, nonfinite_message
+from ebbtide.torch.agreement import Agreement, Ranks
+from ebbtide.torch.ranks import layouts_of
 from ebbtide.torch.rows import Planner
 from ebbtide.torch.watch import Watch
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from ebbtide.backends.triton.device import Question
     from ebbtide.torch.base import Optimizer
 
-__all__ = ["Devices", "decides"]
+__all__ = ["ELSEWHERE", "Devices", "decides"]
+
+ELSEWHERE = "non-finite gradient on another rank, which names it"
 
 
 def decides(optimizer: Optimizer) -> bool:
@@ -29,13 +33,18 @@ class Devices:
     Attributes:
         backend: `None` until there is such a row.
         question: What the GPUs decide of the step that is being taken, `None` if nothing.
+        alone: Whether they take all of it.
     """
 
     def __init__(self) -> None:
         self.backend: TritonBackend | None = None
         self.question: Question | None = None
+        self.alone = False
         self._alarmed = False  # when the last step began
         self._watch: Watch | None = None
+        self._ranks: Ranks | None = None
+        self._agreement: Agreement | None = None  # of ranks, on the last step
+        self._due: Agreement | None = None  # on the step before
 
     def forget(self) -> None:
         """Let the next step plan anew."""
@@ -44,12 +53,16 @@ class Devices:
     def ask(self, optimizer: Optimizer, planner: Planner) -> bool:
         """Tell whether the GPUs decide of a step without the host: where nothing else is stepped.
 
-        Sums over ranks and over a GPU and the CPU wait for the device.
+        Sums over a GPU and the CPU wait for the device, and sums over ranks where parameters are
+        spread in more than one way.
         """
-        alone = not planner.tensors and not any(planner.plan.rows())
+        on_host = planner.tensors or any(planner.plan.rows())
+        self.alone = not on_host and any(planner.launched.rows())
         self.question = None
-        if alone and any(planner.launched.rows()) and not optimizer._meshes:
-            self.question = _question_of(optimizer)
+        layouts = layouts_of(entry[0] for entry in planner.launched.entries)
+        if self.alone and len(layouts) == 1:
+            self._ranks = None if layouts[0] is None else Ranks(layouts[0])
+            self.question = _question_of(optimizer, self._ranks)
         return self.question is not None
 
     def run(self, optimizer: Optimizer, planner: Planner, scale: float) -> None:
@@ -67,8 +80,8 @@ class Devices:
             self.backend = TritonBackend()
         self.backend.load(plan)
         self._step(optimizer, plan, scale)
-        alone = not planner.tensors and not any(planner.plan.rows())
-        if alone and plan.cacheable:
+        asks_host = self.question is None and _question_of(optimizer, None) is not None
+        if self.alone and plan.cacheable and not asks_host:
             self._watch = Watch(optimizer, plan, self.backend.order, counts=decides(optimizer))
 
     def rerun(self, optimizer: Optimizer) -> bool:
@@ -76,8 +89,8 @@ class Devices:
         watch, backend = self._watch, self.backend
         if watch is None or backend is None or watch.counts != decides(optimizer):
             return False
-        self.question = _question_of(optimizer)
-        if self.question is not None and optimizer._meshes:
+        asked, self.question = self.question, _question_of(optimizer, self._ranks)
+        if (asked is None) != (self.question is None):
             return False
         optimizer._check_capture()
         for index, group in enumerate(optimizer.param_groups):
@@ -94,6 +107,7 @@ class Devices:
         assert backend is not None
         # A step never raises what it finds itself, however fast the GPU is.
         self._alarmed = backend.alarmed
+        self._due, self._agreement = self._agreement, None
         backend.run(
             plan,
             optimizer._buckets(backend.buckets),
@@ -102,15 +116,19 @@ class Devices:
             groups=optimizer.param_groups,
             question=self.question,
         )
+        raises = optimizer.nonfinite == "raise" and optimizer._guards
+        if optimizer._meshes and self.alone and raises and not backend.captures:
+            self._agreement = Agreement(backend.flag, optimizer._meshes)
 
     def agreed(self, optimizer: Optimizer) -> list[tuple[int, int]]:
-        """Return (entry, elements left untouched) where ranks must raise together; waits there."""
-        if not optimizer._meshes or optimizer.nonfinite != "raise" or self.backend is None:
+        """Return (entry, elements left untouched) where ranks must raise at once; waits there."""
+        late = self.alone or not optimizer._meshes
+        if late or optimizer.nonfinite != "raise" or self.backend is None:
             return []
         return [(entry, count) for entry, count, _ in self.backend.spoilt()]
 
     def report(self, optimizer: Optimizer, *, wait: bool) -> None:
-        """Raise what is known of earlier steps.
+        """Raise what is known of earlier steps; all ranks do so in the same step.
 
         Args:
             optimizer: Which is named in the error.
@@ -119,17 +137,24 @@ class Devices:
         Raises:
             FloatingPointError: Elements were left untouched.
         """
-        if self.backend is None or optimizer.nonfinite != "raise" or optimizer._meshes:
+        if self.backend is None or optimizer.nonfinite != "raise":
             return
         may_wait = wait and not self.backend.captures
-        if not (self._alarmed or may_wait):
+        if optimizer._meshes:
+            asked = (self._due, self._agreement if may_wait else None)
+            if not any(each is not None and each.reached() for each in asked):
+                return
+        elif not (self._alarmed or may_wait):
             return
         self._alarmed = False
+        self._due = self._agreement = None
         found = self.backend.spoilt()
         if found:
             named = optimizer._named()
             rows = [(named[entry][0], count, named[entry][1].numel()) for entry, count, _ in found]
             raise FloatingPointError(nonfinite_message(rows, found[0][2]))
+        if optimizer._meshes:
+            raise FloatingPointError(ELSEWHERE)
 
     @property
     def normed(self) -> bool:
@@ -163,7 +188,7 @@ def _captures(optimizer: Optimizer) -> bool:
     return any(group.get("capturable") for group in optimizer.param_groups)
 
 
-def _question_of(optimizer: Optimizer) -> Question | None:
+def _question_of(optimizer: Optimizer, ranks: Ranks | None) -> Question | None:
     scaled = hasattr(optimizer, "found_inf")
     skip, clip = optimizer.nonfinite == "skip", optimizer.clip_grad_norm
     if not (scaled or skip or clip is not None):
@@ -175,4 +200,4 @@ def _question_of(optimizer: Optimizer) -> Question | None:
         "loss_scale": getattr(optimizer, "grad_scale", None),
     }
     finite_only = optimizer.nonfinite == "raise"
-    return Question(**values, max_norm=clip, skip=skip, finite_only=finite_only)
+    return Question(**values, max_norm=clip, skip=skip, finite_only=finite_only, ranks=ranks)

@@ -17,10 +17,12 @@ from ebbtide.plan import Plan
 __all__ = [
     "any_rank",
     "distributed",
+    "layouts_of",
     "local_grad",
     "local_of",
     "meshes_of",
     "placed",
+    "reduced",
     "shard_offset",
     "sharded_like",
     "sum_squares",
@@ -143,15 +145,32 @@ def meshes_of(params: Iterable[torch.Tensor]) -> list[Any]:
     return list(dict.fromkeys(_layout(param)[0] for param in params if distributed(param)))
 
 
+def layouts_of(params: Iterable[torch.Tensor]) -> list[tuple[Any, Any] | None]:
+    """List mesh and placements of parameters, each once; `None` for plain ones."""
+    return list(dict.fromkeys(_layout(p) if distributed(p) else None for p in params))
+
+
+def reduced(value: torch.Tensor, mesh: Any, op: str, dims: Iterable[int]) -> torch.Tensor:
+    """Return a tensor reduced over dimensions of a mesh; the host waits where the mesh is its own.
+
+    Args:
+        value: Of the same shape on every rank; left as it is.
+        mesh: A device mesh.
+        op: A name of `torch.distributed.ReduceOp`.
+        dims: Of the mesh.
+    """
+    total = value.to(mesh.device_type, copy=True)
+    for dim in dims:
+        how = getattr(torch.distributed.ReduceOp, op)
+        torch.distributed.all_reduce(total, how, group=mesh.get_group(dim))
+    return total.to(value.device)
+
+
 def any_rank(flag: bool, meshes: Iterable[Any]) -> bool:
     """Tell whether the flag is set on any rank of the meshes."""
     for mesh in meshes:
         value = torch.tensor([float(flag)], device=mesh.device_type)
-        for dim in range(mesh.ndim):
-            torch.distributed.all_reduce(
-                value, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim)
-            )
-        flag = bool(value.item())
+        flag = bool(reduced(value, mesh, "MAX", range(mesh.ndim)).item())
     return flag
 
 
@@ -176,7 +195,5 @@ def _over_ranks(total: float, layout: tuple[Any, Any] | None) -> float:
         return total
     mesh, placements = layout
     value = torch.tensor([total], dtype=torch.float64, device=mesh.device_type)
-    for dim, placement in enumerate(placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(value, group=mesh.get_group(dim))
-    return float(value.item())
+    dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+    return float(reduced(value, mesh, "SUM", dims).item())

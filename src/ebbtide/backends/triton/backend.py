@@ -116,6 +116,8 @@ class TritonBackend:
         partial = sums[0]
         if others:
             partial = torch.cat([each.to(lead.device, non_blocking=True) for each in sums])
+        if question.wants_norm and question.ranks is not None:
+            partial = question.ranks.total(partial.sum().view(1))
         lead.decide(plan.rule, question.on(lead.device), partial, groups)
         for device in others:
             device.verdict.copy_(lead.verdict, non_blocking=True)
@@ -136,6 +138,14 @@ class TritonBackend:
     def alarmed(self) -> bool:
         """Whether elements are known to have been left untouched; does not wait."""
         return any(device.alarmed for device in self._active)
+
+    @property
+    def flag(self) -> torch.Tensor:
+        """Not 0 where elements were left untouched; on the first device."""
+        lead, *others = [device.flag for device in self._active]
+        for each in others:
+            lead = lead + each.to(lead.device, non_blocking=True)
+        return lead
 
     def spoilt(self) -> list[tuple[int, int, int]]:
         """Return (entry, elements left untouched, step) of rows that have any; then forget them.

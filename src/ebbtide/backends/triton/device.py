@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,16 @@ SUMMING = 1024
 Groups = Sequence[Mapping[str, Any]]
 
 
+class Ranks(Protocol):
+    """What adds up over processes, on the device."""
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all shards."""
+
+    def largest(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the largest value of any rank."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What has to be decided of a step on the device.
@@ -44,6 +54,7 @@ class Question:
         max_norm: Clip the global norm to this.
         skip: Drop the step where the norm is not finite.
         finite_only: Leave elements that are not finite out of the norm.
+        ranks: Of the processes that decide together, `None` for one.
     """
 
     found_inf: torch.Tensor | None = None
@@ -51,6 +62,7 @@ class Question:
     max_norm: float | None = None
     skip: bool = False
     finite_only: bool = False
+    ranks: Ranks | None = None
 
     @property
     def wants_norm(self) -> bool:
@@ -65,7 +77,10 @@ class Question:
             else value.to(device, non_blocking=True)
             for value in (self.found_inf, self.loss_scale)
         ]
-        return replace(self, found_inf=moved[0], loss_scale=moved[1])
+        found_inf = moved[0]
+        if self.ranks is not None and found_inf is not None:
+            found_inf = self.ranks.largest(found_inf)
+        return replace(self, found_inf=found_inf, loss_scale=moved[1])
 
 
 class Device:
@@ -257,6 +272,11 @@ class Device:
     def alarmed(self) -> bool:
         """Whether elements are known to have been left untouched; does not wait."""
         return self._ringing.value != 0
+
+    @property
+    def flag(self) -> torch.Tensor:
+        """Not 0 where elements were left untouched; on the device."""
+        return self._spoilt[:, 0].any().float().view(1)
 
     def spoilt(self) -> list[tuple[int, int, int]]:
         """Return (entry, elements left untouched, step) of rows that have any; then forget them.
