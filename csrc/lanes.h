@@ -140,16 +140,23 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x));
 }
 // Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
-template <typename Byte, typename V>
-EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
+EBBTIDE_INLINE __m512i in_order(__m512i x) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (int i = 0; i < vectors; i += 4) {
-    const __m512i low = _mm512_packs_epi32((__m512i)x[i], (__m512i)x[i + 1]);
-    const __m512i high = _mm512_packs_epi32((__m512i)x[i + 2], (__m512i)x[i + 3]);
-    const __m512i bytes =
-        std::is_signed_v<Byte> ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
-    _mm512_storeu_si512(to + i * kLanes, _mm512_maskz_permutexvar_epi32(0xFFFF, order, bytes));
-  }
+  return _mm512_maskz_permutexvar_epi32(0xFFFF, order, x);
+}
+// max(x - base, 0) of numbers below 2^15, as bytes.
+EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
+  const __m512i zero = _mm512_set1_epi16(int16_t(base));
+  const __m512i low = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
+  _mm512_storeu_si512(to, in_order(_mm512_packus_epi16(_mm512_subs_epu16(low, zero),
+                                                       _mm512_subs_epu16(high, zero))));
+}
+// x / 2^16, rounded down, as bytes.
+EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
+  const __m512i low = _mm512_packs_epi32((__m512i)(x[0] >> 16), (__m512i)(x[1] >> 16));
+  const __m512i high = _mm512_packs_epi32((__m512i)(x[2] >> 16), (__m512i)(x[3] >> 16));
+  _mm512_storeu_si512(to, in_order(_mm512_packs_epi16(low, high)));
 }
 #elif defined(__AVX2__)
 EBBTIDE_INLINE UintLanes load_wide(const uint8_t* at) {
@@ -177,17 +184,23 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
   _mm_storel_epi64(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 // Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
-template <typename Byte, typename V>
-EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int i = 0; i < vectors; i += 4) {
-    const __m256i low = _mm256_packs_epi32((__m256i)x[i], (__m256i)x[i + 1]);
-    const __m256i high = _mm256_packs_epi32((__m256i)x[i + 2], (__m256i)x[i + 3]);
-    const __m256i bytes =
-        std::is_signed_v<Byte> ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kLanes),
-                        _mm256_permutevar8x32_epi32(bytes, order));
-  }
+EBBTIDE_INLINE __m256i in_order(__m256i x) {
+  return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+// max(x - base, 0) of numbers below 2^15, as bytes.
+EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
+  const __m256i zero = _mm256_set1_epi16(int16_t(base));
+  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+  const __m256i bytes =
+      _mm256_packus_epi16(_mm256_subs_epu16(low, zero), _mm256_subs_epu16(high, zero));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(bytes));
+}
+// x / 2^16, rounded down, as bytes.
+EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
+  const __m256i low = _mm256_packs_epi32((__m256i)(x[0] >> 16), (__m256i)(x[1] >> 16));
+  const __m256i high = _mm256_packs_epi32((__m256i)(x[2] >> 16), (__m256i)(x[3] >> 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packs_epi16(low, high)));
 }
 #else
 template <typename Number>
@@ -201,11 +214,14 @@ template <typename Number>
 EBBTIDE_INLINE void store_low(void* to, UintLanes x, Number) {
   for (int i = 0; i < kLanes; ++i) static_cast<Number*>(to)[i] = Number(x[i]);
 }
-template <typename Byte, typename V>
-EBBTIDE_INLINE void store_bytes(Byte* to, const V* x, int vectors) {
-  for (int i = 0; i < vectors; ++i) {
-    for (int j = 0; j < kLanes; ++j) to[i * kLanes + j] = Byte(x[i][j]);
+EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    const int32_t above = x[i / kLanes][i % kLanes] - int32_t(base);
+    to[i] = uint8_t(above > 0 ? above : 0);
   }
+}
+EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
+  for (int i = 0; i < 4 * kLanes; ++i) to[i] = int8_t(x[i / kLanes][i % kLanes] >> 16);
 }
 EBBTIDE_INLINE uint32_t largest(UintLanes x) {
   uint32_t most = 0;

@@ -105,18 +105,18 @@ class Window8 {
     base_ = (low >> shift_) - 1;
     *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
   }
-  // Encodes four vectors and returns the bits that will be decoded.
-  EBBTIDE_INLINE void encode(int i, uint32_t word, UintLanes* decoded) {
-    IntLanes codes[4];
+  // Encodes four vectors and returns the exponents, halved, of what will be decoded.
+  EBBTIDE_INLINE void encode(int i, uint32_t word, UintLanes* halved) {
+    IntLanes lifted[4];  // codes from the base on
+    const int32_t lowest = int32_t(base_ + 1);
     for (int k = 0; k < 4; ++k) {
       const UintLanes bits = bits_[i + k];
       const UintLanes dither = words_at((i + k) * kLanes, word) >> (32 - shift_);
-      IntLanes code = (IntLanes)(((bits + dither) >> shift_) - base_);
-      code = code > 1 ? code : 1;
-      codes[k] = where(nonzero(bits), code);
-      decoded[k] = ((UintLanes)codes[k] + base_) << shift_;
+      const IntLanes rounded = (IntLanes)((bits + dither) >> shift_);
+      lifted[k] = where(nonzero(bits), rounded > lowest ? rounded : lowest);
+      halved[k] = ((UintLanes)lifted[k] << (shift_ - 1)) & 0x7F800000u;
     }
-    store_bytes(codes_ + i * kLanes, codes, 4);
+    store_above(codes_ + i * kLanes, lifted, base_);
   }
   void replace(const uint32_t* bits, const bool* moving) {
     Running running{};
@@ -202,18 +202,18 @@ class Moments8 {
   }
   EBBTIDE_INLINE void encode(uint32_t word) {
     for (int i = 0; i < kVectors; i += 4) {
-      UintLanes decoded[4];
+      UintLanes halved[4];
       IntLanes encoded[4];
-      second[0].encode(i, word, decoded);
+      second[0].encode(i, word, halved);
       for (int k = 0; k < 4; ++k) {
-        const UintLanes ratio = to_bits(first_[i + k] * from_bits(inverse_unit(decoded[k])));
+        const UintLanes ratio = to_bits(first_[i + k] * from_bits(0x5F000000u - halved[k]));
         const Lanes root = sqrt(from_bits(ratio & 0x7FFFFFFFu) * inverse_);
         const Lanes code = from_bits(to_bits(root) | (ratio & 0x80000000u));
         const IntLanes dither = (IntLanes)(words_at((i + k) * kLanes, word) & 0xFFFFu);
-        encoded[k] = (truncate(code) + dither) >> 16;
+        encoded[k] = truncate(code) + dither;
       }
-      store_bytes(codes + i * kLanes, encoded, 4);
-      if constexpr (kCount == 3) second[1].encode(i, word, decoded);
+      store_upper(codes + i * kLanes, encoded);
+      if constexpr (kCount == 3) second[1].encode(i, word, halved);
     }
   }
 

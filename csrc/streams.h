@@ -70,10 +70,10 @@ struct SplitStream {
     prefetch_block(residual);
   }
   EBBTIDE_INLINE Lanes get(int j) const {
-    const UintLanes high = load_wide(at + j);
-    IntLanes low = load_wide(residual + j);
-    low = ((high & 0x7FFFu) == 0) & (low < 0) ? IntLanes{} : low;
-    return from_bits((high << 16) + ((UintLanes)low << (16 - kBits)));
+    const UintLanes high = load_wide(at + j) << 16;
+    const UintLanes low = (UintLanes)load_wide(residual + j) << (16 - kBits);
+    // A residual below zero carries into the sign only where the rest has been set to zero.
+    return from_bits(choose(above((IntLanes)((high + low) ^ high), -1), high + low, high));
   }
   EBBTIDE_INLINE void put(int j, Lanes x, UintLanes word) const {
     if (!far_from_overflow(x)) [[unlikely]]
