@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from ebbtide.backends.cpu import CompiledBackend
+from ebbtide.backends.triton import kernels, norm, prologue
 from ebbtide.backends.triton.backend import TritonBackend
-from ebbtide.backends.triton.device import Question
+from ebbtide.backends.triton.device import Device, Question
 from ebbtide.plan import Bucket, Field, Format, Plan, Row, salt_of
 from ebbtide.rules import ADAM, Scalars
 from tests.devices import DEVICES, INTERPRETER, on
@@ -213,3 +215,49 @@ def test_rows_on_two_devices_are_stepped_by_one_question(device: str) -> None:
     for mine, their in zip(ours, theirs, strict=True):
         for a, b in zip(mine.everything(), their.everything(), strict=True):
             torch.testing.assert_close(a, b, **TRITON_CLIPPED)
+
+
+class Noting:
+    """A kernel that notes which device was selected when it was launched."""
+
+    def __init__(self, name: str, kernel: Any, selected: list[str], launched: list[Any]) -> None:
+        self.name, self.kernel = name, kernel
+        self.selected, self.launched = selected, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append((self.name, *self.selected))
+        return self.kernel[grid]
+
+
+def test_every_launch_is_made_with_its_device_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    selected: list[str] = []
+    launched: list[Any] = []
+
+    @contextmanager
+    def select(self: Device) -> Iterator[None]:
+        selected.append(str(self.device))
+        yield
+        selected.pop()
+
+    monkeypatch.setattr(Device, "_on_device", select)
+    for module, name in ((kernels, "step"), (norm, "sum_squares"), (prologue, "prepare")):
+        noting = Noting(name, getattr(module, name), selected, launched)
+        monkeypatch.setattr(module, name, noting)
+    generator = torch.Generator().manual_seed(2)
+    spec = Spec(300, state=(Format.FLOAT32,) * 2)
+    with on(INTERPRETER):
+        rows = [Arrays(spec, name, generator) for name in ("cpu", "cpu:0")]
+        plan, backend = Plan(ADAM), TritonBackend()
+        for arrays in rows:
+            row = arrays.row()
+            row.counts_on_device = True
+            plan.entries.append((object(), 0, row, {}))
+        backend.load(plan)
+        group = {**GROUP, "base_lr": 0.02, "decay_policy": "decoupled"}
+        question = Question(max_norm=0.5)
+        backend.run(plan, [], grad_scale=1.0, guard=True, groups=[group], question=question)
+    assert launched == [
+        ("sum_squares", "cpu"), ("sum_squares", "cpu:0"), ("prepare", "cpu"), ("prepare", "cpu:0"),
+        ("step", "cpu"), ("step", "cpu:0"),
+    ]  # fmt: skip
+    assert [float(arrays.step) for arrays in rows] == [1, 1]

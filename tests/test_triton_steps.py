@@ -11,6 +11,7 @@ import torch
 
 import ebbtide.torch.base
 import ebbtide.torch.watch
+from ebbtide.backends.triton import tables
 from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import TRITON_DEVICE_SCALARS
 
@@ -72,6 +73,33 @@ def test_a_plan_is_remembered_while_nothing_moves(
     with by_the_core():
         theirs = core().step(3)
     assert_same_bits(run.numbers(), theirs.numbers())
+
+
+def test_tables_are_sent_again_only_where_something_moved(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    send = tables.Uploader.send
+
+    def noted(self: Any, slot: str, parts: Any) -> Any:
+        sent.append(slot)
+        return send(self, slot, parts)
+
+    monkeypatch.setattr(tables.Uploader, "send", noted)
+    run = run_of(device)
+    run.grads()
+    for _ in range(3):
+        run.optimizer.step()
+    assert sent == ["tables", "grads", "scalars", "scalars", "scalars"]
+    kept = [param.grad for param in run.params]
+    sent.clear()
+    run.step()
+    assert sent == ["grads", "scalars"]
+    del kept
+    sent.clear()
+    run.params[0].data = run.params[0].data.clone()
+    run.optimizer.step()
+    assert sent == ["tables", "grads", "scalars"]
 
 
 @pytest.mark.parametrize("what", ["data", "state", "state data", "state cleared", "param", "group"])
