@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import ebbtide.torch
 import ebbtide.torch.base
 import ebbtide.torch.watch
 from ebbtide.backends.triton import tables
@@ -100,6 +101,26 @@ def test_tables_are_sent_again_only_where_something_moved(
     run.params[0].data = run.params[0].data.clone()
     run.optimizer.step()
     assert sent == ["tables", "grads", "scalars"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_parameters_have_the_bits_of_the_cpu(dtype: torch.dtype, device: str) -> None:
+    """A gradient may be a conjugate that has not been written out, in any step."""
+
+    def run(where: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        param = torch.randn(5, 7, dtype=dtype, generator=generator).to(where).requires_grad_()
+        optimizer = ebbtide.torch.AdamW([param], **WORDS)
+        for step in range(3):
+            grad = torch.randn(5, 7, dtype=dtype, generator=generator).to(where)
+            param.grad = grad.conj() if step == 1 else grad
+            optimizer.step()
+        return param.detach().cpu()
+
+    ours = run(device)
+    with by_the_core():
+        theirs = run(INTERPRETER)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("what", ["data", "state", "state data", "state cleared", "param", "group"])

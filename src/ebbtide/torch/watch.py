@@ -49,6 +49,8 @@ class Watch:
         self._present = [entry[2] is not None for entry in plan.entries]
         self._stepped = [self._params[entry] for entry in order]
         self._locals = list(map(local_of, self._stepped))
+        rows = {entry: row for entry, (_, _, row, _) in enumerate(plan.entries) if row is not None}
+        self._lazy = [at for at, entry in enumerate(order) if rows[entry].lazy_grad]
         self._sharded = not _same(self._locals, self._stepped)
         self._addresses = list(map(_address, self._locals))
         self._layout = self._layout_of(list(map(_grad, self._params)))
@@ -80,7 +82,10 @@ class Watch:
             return None
         if self._layout_of(given) != self._layout:
             return None
-        return list(map(_address, self._grads(given)))
+        grads = self._grads(given)
+        if any(grads[at].is_conj() or grads[at].is_neg() for at in self._lazy):
+            return None
+        return list(map(_address, grads))
 
     def _state_holds(self, optimizer: Optimizer) -> bool:
         states = list(map(optimizer.state.get, self._stepped))
