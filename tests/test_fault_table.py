@@ -220,6 +220,34 @@ def test_a_huge_gradient_steps_by_the_rule(grad: float) -> None:
     torch.testing.assert_close(param.detach(), torch.full((2,), 0.5))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: AdamW([parameter(2)]), lambda: ebbtide.numpy.AdamW({"w": np.ones((2, 2))})],
+    ids=["torch", "numpy"],
+)
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("nonfinite", "rasie", ValueError),
+        ("clip_grad_norm", -1.0, ValueError),  # steps would climb
+        ("clip_grad_norm", 0, ValueError),
+        ("clip_grad_norm", math.nan, ValueError),
+        ("clip_grad_norm", "1.0", TypeError),
+        ("clip_grad_norm", True, TypeError),
+    ],
+)
+def test_options_are_checked_when_they_change(
+    make: Callable[[], Any], option: str, value: Any, error: type[Exception]
+) -> None:
+    optimizer = make()
+    optimizer.clip_grad_norm = 2
+    with pytest.raises(error, match=f"Invalid {option}"):
+        setattr(optimizer, option, value)
+    assert (optimizer.nonfinite, optimizer.clip_grad_norm) == ("raise", 2)
+    copied = deepcopy(optimizer)
+    assert (copied.nonfinite, copied.clip_grad_norm) == ("raise", 2)
+
+
 def test_state_that_a_file_lacks_for_one_parameter_is_named() -> None:
     params = [("a", parameter(2)), ("b", parameter(2)), ("frozen", parameter(2))]
     optimizer = AdamW(params[:1] + params[2:])

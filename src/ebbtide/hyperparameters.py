@@ -20,10 +20,10 @@ __all__ = [
     "NONFINITE_POLICIES",
     "OURS",
     "GroupReader",
+    "Options",
     "known_keys",
     "numbers",
     "validate_group",
-    "validate_options",
     "validate_values",
 ]
 
@@ -125,25 +125,42 @@ def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> No
     _check_formats(rule, group, where)
 
 
-def validate_options(nonfinite: object, clip_grad_norm: object) -> None:
-    """Check the options of a whole optimizer.
+class Options:
+    """What holds for a whole optimizer, checked whenever it is set.
 
-    Raises:
-        ValueError, TypeError: They are not what they may be.
+    A step of a few µs reads `_nonfinite` and `_clip_grad_norm` themselves.
     """
-    if nonfinite not in NONFINITE_POLICIES:
-        raise ValueError(
-            f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
-        )
-    if clip_grad_norm is None:
-        return
-    if isinstance(clip_grad_norm, str | bool) or not isinstance(clip_grad_norm, Real):
-        raise TypeError(
-            f"Invalid clip_grad_norm: {clip_grad_norm!r} is a {type(clip_grad_norm).__name__}, "
-            "not a number"
-        )
-    if not float(clip_grad_norm) > 0:
-        raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm}; above 0, or None")
+
+    _nonfinite: str
+    _clip_grad_norm: float | None
+
+    @property
+    def nonfinite(self) -> str:
+        """What becomes of gradients that are not finite: `"raise"`, `"skip"`, `"propagate"`."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: str) -> None:
+        if nonfinite not in NONFINITE_POLICIES:
+            raise ValueError(
+                f"Invalid nonfinite: {nonfinite!r}; one of {', '.join(NONFINITE_POLICIES)}"
+            )
+        self._nonfinite = nonfinite
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        """The norm that gradients are clipped to, if any."""
+        return self._clip_grad_norm
+
+    @clip_grad_norm.setter
+    def clip_grad_norm(self, norm: float | None) -> None:
+        if norm is not None and (isinstance(norm, str | bool) or not isinstance(norm, Real)):
+            raise TypeError(
+                f"Invalid clip_grad_norm: {norm!r} is a {type(norm).__name__}, not a number"
+            )
+        if norm is not None and not float(norm) > 0:
+            raise ValueError(f"Invalid clip_grad_norm: {norm}; above 0, or None")
+        self._clip_grad_norm = norm
 
 
 def numbers(group: Mapping[str, Any], where: str = "") -> Mapping[str, Any]:

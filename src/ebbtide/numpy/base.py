@@ -14,9 +14,9 @@ from ebbtide.backends.pure import PureBackend
 from ebbtide.checkpoint import CheckpointError, Slot, prepare
 from ebbtide.hyperparameters import (
     GroupReader,
+    Options,
     numbers,
     validate_group,
-    validate_options,
     validate_values,
 )
 from ebbtide.numpy.loading import alike, loaded
@@ -38,7 +38,7 @@ DecayMask = Mapping[str, bool] | Callable[[str, Array], bool]
 _OF_THE_PLAN = ("_backend", "_readers", "_order", "_lists")
 
 
-class Optimizer:
+class Optimizer(Options):
     """What AdamW, Adam and SGD share: groups, plan, step, state."""
 
     _rule: Rule
@@ -52,7 +52,6 @@ class Optimizer:
         nonfinite: str,
         clip_grad_norm: float | None,
     ) -> None:
-        validate_options(nonfinite, clip_grad_norm)
         validate_values(self._rule, numbers(defaults))
         self.defaults = defaults
         self.nonfinite = nonfinite
@@ -182,7 +181,7 @@ class Optimizer:
         outcome = self._rerun(given)
         if outcome is None:
             outcome = self._plan_and_run(given)
-        if outcome.untouched and self.nonfinite == "raise":
+        if outcome.untouched and self._nonfinite == "raise":
             rows = [(self._order[i][0], n, self._order[i][1].size) for i, n in outcome.untouched]
             raise FloatingPointError(nonfinite_message(rows, self._step_of(rows[0][0])))
 
@@ -207,7 +206,7 @@ class Optimizer:
     @property
     def _looks_first(self) -> bool:
         """Whether a step must have seen all gradients before it begins."""
-        return self.clip_grad_norm is not None or self.nonfinite == "skip"
+        return self._clip_grad_norm is not None or self._nonfinite == "skip"
 
     def _rerun(self, given: list[Array | None]) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
@@ -217,7 +216,7 @@ class Optimizer:
         buckets = self._buckets(backend.buckets)
         if not backend.buckets:  # a group has changed so much that the plan was forgotten
             return None
-        guard, scale = self.nonfinite != "propagate", 1.0
+        guard, scale = self._nonfinite != "propagate", 1.0
         lists: list[list[Array]] | None = self._lists
         if self._looks_first:
             total = backend.look(self._lists, given, self.state)

@@ -16,7 +16,6 @@ from ebbtide.hyperparameters import (
     GroupReader,
     numbers,
     validate_group,
-    validate_options,
     validate_values,
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
@@ -79,7 +78,6 @@ class Optimizer(Persistent):
         nonfinite: str,
         clip_grad_norm: float | None,
     ) -> None:
-        validate_options(nonfinite, clip_grad_norm)
         validate_values(self._rule, numbers(defaults))
         self.nonfinite = nonfinite
         self.clip_grad_norm = clip_grad_norm
@@ -176,7 +174,7 @@ class Optimizer(Persistent):
         if self._stepped and (self._skipped is False or self._skipped is None):
             torch._C._increment_version(self._stepped)
         meshes = [] if self._devices.alone else self._meshes  # GPUs let ranks agree later
-        if self.nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), meshes):
+        if self._nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), meshes):
             self._raise_nonfinite(outcome)
         return loss
 
@@ -219,7 +217,7 @@ class Optimizer(Persistent):
     @property
     def _guards(self) -> bool:
         """Whether non-finite elements are left untouched; under a GradScaler, it decides."""
-        return self.nonfinite != "propagate" and not hasattr(self, "found_inf")
+        return self._nonfinite != "propagate" and not hasattr(self, "found_inf")
 
     def _plan_alone(self) -> Outcome:
         if self._planning:

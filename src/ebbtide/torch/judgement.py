@@ -23,7 +23,7 @@ __all__ = ["judge", "judge_plan", "looks_first"]
 
 def looks_first(optimizer: Optimizer) -> bool:
     """Tell whether a step must have seen all gradients before it begins."""
-    return optimizer.clip_grad_norm is not None or optimizer.nonfinite == "skip"
+    return optimizer._clip_grad_norm is not None or optimizer._nonfinite == "skip"
 
 
 def judge(optimizer: Optimizer, look: Callable[[], float | None]) -> Verdict | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ebbtide.hyperparameters import OURS
+from ebbtide.hyperparameters import OURS, Options
 from ebbtide.rules import Rule
 from ebbtide.torch.checkpoint import load_state_dict
 from ebbtide.torch.storage import plain
@@ -16,11 +16,9 @@ from ebbtide.torch.validation import check_model
 __all__ = ["Persistent"]
 
 
-class Persistent(torch.optim.Optimizer):
+class Persistent(Options, torch.optim.Optimizer):
     """State dicts and pickles of an optimizer."""
 
-    nonfinite: str
-    clip_grad_norm: float | None
     _rule: Rule
     _default_policy: str
     _step_supports_amp_scaling: bool
@@ -121,7 +119,8 @@ class Persistent(torch.optim.Optimizer):
         """Restore from a pickle or a checkpoint; keys that older files lack get their defaults."""
         super().__setstate__(state)
         for key, value in (("nonfinite", "raise"), ("clip_grad_norm", None)):
-            self.__dict__.setdefault(key, value)
+            own = self.__dict__.get(f"_{key}", value)
+            setattr(self, key, self.__dict__.pop(key, own))
         # A copy brings the number along; what is loaded into an optimizer leaves its own.
         own = self.skipped_steps if "_devices" in self.__dict__ else 0
         self._skipped_steps = self.__dict__.pop("skipped_steps", own)
