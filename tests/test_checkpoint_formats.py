@@ -137,9 +137,12 @@ def broken(key: str, change: Any) -> dict[str, Any]:
     [
         ("exp_avg_scale", lambda x: x * float("nan"), "negative or not finite"),
         ("exp_avg_scale", lambda x: x - 1, "negative or not finite"),
+        ("exp_avg_scale", lambda x: x + 3e38, "larger than any"),
         ("exp_avg_scale", lambda x: x[:, :1], "shape"),
         ("exp_avg_codes", lambda x: x.float(), "dtype torch.float32"),
         ("exp_avg_sq_scale", lambda x: x[..., :1], "shape"),
+        ("exp_avg_sq_scale", lambda x: torch.full_like(x, 127), "infinite numbers"),
+        ("exp_avg_sq_scale", lambda x: torch.full_like(x, 255), "infinite numbers"),
         ("residual", lambda x: x.float(), "dtype torch.float32"),
         ("residual", lambda x: x[1:], "shape"),
     ],

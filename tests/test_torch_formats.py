@@ -294,6 +294,41 @@ def test_the_usual_step_is_remembered_and_notices_what_moves() -> None:
         assert torch.equal(moved[params[1]][key], value)
 
 
+@pytest.mark.parametrize(
+    "key", ["exp_avg_codes", "exp_avg_sq_codes", "exp_avg_sq_scale", "residual"]
+)
+@pytest.mark.parametrize("bits", ["24bit", "32bit"])
+def test_state_of_another_dtype_is_refused_before_a_kernel_reads_it(key: str, bits: str) -> None:
+    """As torch's own `load_state_dict` casts it, and whoever moves a state by hand."""
+    param = matrix(torch.bfloat16)
+    optimizer = AdamW([("w", param)], master_format=bits, **EIGHT)
+    steps(optimizer, 2)
+    before = param.detach().clone()
+    optimizer.state[param][key] = optimizer.state[param][key].to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"state '{key}' of parameter 'w'"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+def test_scales_of_half_their_size_are_refused_and_nothing_is_written() -> None:
+    param = matrix()
+    optimizer = AdamW([("w", param)], **EIGHT)
+    steps(optimizer, 2)
+    optimizer.state[param]["exp_avg_scale"] = optimizer.state[param]["exp_avg_scale"].half()
+    with pytest.raises(RuntimeError, match="state 'exp_avg_scale' of parameter 'w'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8], ids=str)
+def test_moments_of_whole_numbers_are_refused_by_name(dtype: torch.dtype) -> None:
+    param = matrix()
+    optimizer = AdamW([("w", param)])
+    steps(optimizer, 1)
+    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].to(dtype)
+    with pytest.raises(RuntimeError, match=r"'exp_avg' of parameter 'w' is torch\.int"):
+        optimizer.step()
+
+
 def test_a_scaler_and_clipping_go_with_eight_bits() -> None:
     params = [matrix(), matrix()]
     scaled = AdamW([params[0]], fused=True, clip_grad_norm=1.0, **EIGHT)

@@ -12,10 +12,11 @@ import math
 
 import torch
 
-__all__ = ["blocks_of", "decode", "encode"]
+__all__ = ["blocks_of", "decode", "encode", "is_finite"]
 
 _BLOCK = 128
 _SMALLEST, _LARGEST = 1 << 24, 0x7E800000  # bits of v: what is below is zero, above the largest
+_INFINITY = 0x7F800000  # its bits
 _DORMANT = 16 << 23
 _HALF = 0x8000_8000  # in place of random bits: rounds to nearest
 _NORMAL = 2.0**-126
@@ -69,6 +70,18 @@ def encode(moments: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.
     stored = [first_codes.to(torch.int8), *(each.to(torch.uint8) for each in codes)]
     scales = [scale, *(_as_bytes(each) for each in windows)]
     return [_flat(each, shape) for each in stored], scales
+
+
+def is_finite(codes: torch.Tensor, windows: torch.Tensor) -> bool:
+    """Tell whether second moments are finite numbers, as all that have been encoded are.
+
+    Args:
+        codes: uint8.
+        windows: uint8 (rows, blocks, 2).
+    """
+    shift, base = _shift_and_base(_windows(windows).to(torch.int64))
+    highest = base + _blocked(codes).amax(-1, keepdim=True).to(torch.int64) << shift
+    return bool((highest < _INFINITY).all())
 
 
 def _blocked(tensor: torch.Tensor) -> torch.Tensor:

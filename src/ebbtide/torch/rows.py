@@ -194,7 +194,8 @@ class Planner:
         for key in arrays:
             value = state[key]
             shape = shape_of(key, param, storage.residual_bits)
-            if value.shape != shape or value.is_complex() != param.is_complex():
+            kind = value.is_complex() == param.is_complex() and storage.takes(key, value.dtype)
+            if value.shape != shape or not kind:
                 raise RuntimeError(
                     f"state {key!r} of parameter {name!r} is {value.dtype} of shape "
                     f"{tuple(value.shape)}, the parameter {param.dtype} of {tuple(param.shape)}"

@@ -8,7 +8,6 @@ know no int16.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from ebbtide.groups import is_embedding_of_group, master_format_for, state_forma
 from ebbtide.plan import Field, Format
 from ebbtide.torch import eight_bits
 from ebbtide.torch.ranks import local_of, sharded_like
+from ebbtide.torch.tensors import FORMATS
 
 __all__ = [
     "MOMENTS",
@@ -37,6 +37,7 @@ __all__ = [
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _RESIDUAL_BITS = {"24bit": 8, "32bit": 16}
+_LARGEST_SCALE = 2.0**64 / 127**2  # what is kept of m is below 2⁶⁴·√v
 
 
 class Storage(NamedTuple):
@@ -61,6 +62,12 @@ class Storage(NamedTuple):
         if self.coded:
             keys = [name for key in keys for name in (f"{key}_codes", f"{key}_scale")]
         return (*keys, *(("residual",) if self.residual_bits else ()))
+
+    def takes(self, key: str, dtype: torch.dtype) -> bool:
+        """Tell whether a state array may have a dtype: a kernel reads memory as it was told."""
+        if key == "residual":
+            return dtype == (torch.uint8 if self.residual_bits == 16 else torch.int8)
+        return dtype == _dtype_of(key) if self.coded else dtype in FORMATS
 
     def obstacle(self, param: torch.Tensor) -> str:
         """Say what keeps a parameter from being stored so; empty if nothing does."""
@@ -184,8 +191,13 @@ def problem_of_coded(
     if key.endswith("_codes") and f"{key.removesuffix('_codes')}_scale" not in state:
         return "no scale beside it"
     scale = local_of(value)
-    if key == "exp_avg_scale" and not bool(((scale >= 0) & (scale < math.inf)).all()):
-        return "a scale that is negative or not finite"
+    if key == "exp_avg_scale" and not bool(((scale >= 0) & (scale <= _LARGEST_SCALE)).all()):
+        return "a scale that is negative or not finite, or larger than any that is written"
+    codes = state.get(f"{key.removesuffix('_scale')}_codes")
+    if key.endswith("sq_scale") and isinstance(codes, torch.Tensor) and codes.shape == param.shape:
+        return (
+            "" if eight_bits.is_finite(local_of(codes), scale) else "a window of infinite numbers"
+        )
     return ""
 
 
