@@ -54,11 +54,8 @@ class Watch:
         self._sharded = not _same(self._locals, self._stepped)
         self._addresses = list(map(_address, self._locals))
         self._layout = self._layout_of(list(map(_grad, self._params)))
-        self._states = list(map(optimizer.state.get, self._stepped))
-        self._sizes = [len(state or ()) for state in self._states]
-        items = [(state, key) for state in self._states if state for key in state]
-        self._dicts, self._keys = [state for state, _ in items], [key for _, key in items]
-        self._values = [state[key] for state, key in items]
+        self._keys, self._states = list(optimizer.state), list(optimizer.state.values())
+        self._values = list(_values_of(self._states))
         self._tensors = [local_of(each) for each in self._values if torch.is_tensor(each)]
         self._held = [tensor.detach() for tensor in self._tensors]
         self._turns = min(_TURNS, max(1, len(self._tensors) // _AT_ONCE))
@@ -88,18 +85,16 @@ class Watch:
         return list(map(_address, grads))
 
     def _state_holds(self, optimizer: Optimizer) -> bool:
-        states = list(map(optimizer.state.get, self._stepped))
-        if not _same(states, self._states) or not _same(
-            map(dict.get, self._dicts, self._keys), self._values
-        ):
-            return False
+        # Looking a parameter up costs more than all of this: its hash is computed in Python.
+        holds = (
+            _same(optimizer.state, self._keys)
+            and _same(optimizer.state.values(), self._states)
+            and _same(_values_of(self._states), self._values)
+        )
         self._looks += 1
         part = slice(self._looks % self._turns, None, self._turns)
         looked_at, held = self._tensors[part], self._held[part]
-        return (
-            list(map(_address, looked_at)) == list(map(_address, held))
-            and [len(state or ()) for state in states] == self._sizes
-        )
+        return holds and list(map(_address, looked_at)) == list(map(_address, held))
 
     def _grads(self, given: list[Any]) -> list[torch.Tensor]:
         grads = [given[entry] for entry in self._order]
@@ -108,6 +103,11 @@ class Watch:
     def _layout_of(self, given: list[Any]) -> tuple[list[Any], list[Any]]:
         grads = self._grads(given)
         return list(map(_dtype, grads)), list(map(_strides, grads))
+
+
+def _values_of(states: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    """Return all values of all states; another order of keys is another order of them."""
+    return chain.from_iterable(map(dict.values, states))
 
 
 def _same(these: Iterable[Any], those: list[Any]) -> bool:
