@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ebbtide.numpy
-from ebbtide.torch import SGD, Adam, AdamW
+from ebbtide.torch import SGD, Adam, AdamW, load, save
 
 MAKERS: dict[str, Callable[[Any], Any]] = {
     "AdamW": lambda params: AdamW(params, lr=0.1, weight_decay=0.1),
@@ -246,6 +246,17 @@ def test_options_are_checked_when_they_change(
     assert (optimizer.nonfinite, optimizer.clip_grad_norm) == ("raise", 2)
     copied = deepcopy(optimizer)
     assert (copied.nonfinite, copied.clip_grad_norm) == ("raise", 2)
+
+
+def test_a_file_that_is_cut_anywhere_is_not_the_one_that_loads(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    for version in (1, 2):
+        save({"version": version}, path)
+    whole = path.read_bytes()
+    for length in (0, 1, 3, 4, len(whole) // 2, *range(len(whole) - 120, len(whole))):
+        path.write_bytes(whole[:length])
+        with pytest.warns(UserWarning, match=r"a\.pt is broken"):
+            assert load(path)["version"] == 1
 
 
 def test_state_that_a_file_lacks_for_one_parameter_is_named() -> None:

@@ -22,6 +22,7 @@ _MARK = b"ebbtide sha256 "
 _SEAL_BYTES = len(_MARK) + 64
 # A zip archive ends with this record; its last two bytes are the length of the comment.
 _END_RECORD, _END_RECORD_BYTES = b"PK\x05\x06", 22
+_END_BYTES = _END_RECORD_BYTES + _SEAL_BYTES
 
 
 class CheckpointError(ValueError):
@@ -111,7 +112,8 @@ def problem_of(path: str | os.PathLike[str]) -> str | None:
         if seal.startswith(_MARK):
             digest = _digest(file, size - _SEAL_BYTES - 2)
             return None if seal == _MARK + digest else "its checksum differs from its content"
-        if _read_at(file, 0, 4) != b"PK\x03\x04":
+        start = _read_at(file, 0, 4)
+        if not b"PK\x03\x04".startswith(start):
             return None
         return _zip_problem(file)
 
@@ -124,6 +126,10 @@ def is_sealed(path: str | os.PathLike[str]) -> bool:
 
 
 def _zip_problem(file: BinaryIO) -> str | None:
+    tail = _read_at(file, max(0, file.seek(0, os.SEEK_END) - _END_BYTES), _END_BYTES)
+    _, found, end = tail.rpartition(_END_RECORD)
+    if found and len(end) < 18 + int.from_bytes(end[16:18], "little"):
+        return "it ends early: its checksum is cut off"
     try:
         archive = zipfile.ZipFile(file)
         for entry in archive.infolist():
