@@ -46,6 +46,12 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], int]] = {
         kernels.step, {**BFLOAT16, "RESIDUAL": 8, "STATE0": 4, "STATE1": 5}, WARPS[1]),
     "adam 8bit, 16-bit residual": (
         kernels.step, {**BFLOAT16, "RESIDUAL": 16, "STATE0": 4, "STATE1": 5}, WARPS[1]),
+    "adam 8bit, float16, 8-bit residual": (
+        kernels.step,
+        {**BFLOAT16, "PARAM": 3, "GRAD": 3, "RESIDUAL": 8, "STATE0": 4, "STATE1": 5}, WARPS[1]),
+    "adam 8bit, float16, 16-bit residual": (
+        kernels.step,
+        {**BFLOAT16, "PARAM": 3, "GRAD": 3, "RESIDUAL": 16, "STATE0": 4, "STATE1": 5}, WARPS[1]),
     "sgd float32": (kernels.step, {**ADAM, "RULE": 1, "STATE0": -1, "STATE1": -1}, WARPS[4]),
     "momentum float32": (kernels.step, {**ADAM, "RULE": 1, "STATE1": -1}, WARPS[4]),
     "norm": (

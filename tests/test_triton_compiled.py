@@ -20,7 +20,8 @@ WIDE = {
     "adam 8bit, 8-bit residual": (2 * 2 + 3, 2 + 3),
 }
 OTHERS = [
-    "adam float64", "amsgrad float32", "adam float16", "adam 8bit, 16-bit residual", "sgd float32",
+    "adam float64", "amsgrad float32", "adam float16", "adam 8bit, 16-bit residual",
+    "adam 8bit, float16, 8-bit residual", "adam 8bit, float16, 16-bit residual", "sgd float32",
     "momentum float32", "norm", "prepare adam", "prepare sgd",
 ]  # fmt: skip
 
