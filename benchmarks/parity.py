@@ -340,12 +340,15 @@ def _arguments() -> argparse.Namespace:
     usual = [arm for arm in ARMS if arm not in EMULATED]
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=usual)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="pairs of runs, at least 3")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of every task; each has its own by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("parity.jsonl"), help="finished runs")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.seeds < 3:
+        parser.error("a deviation of fewer than 3 seeds says nothing")
+    return asked
 
 
 def main() -> None:
