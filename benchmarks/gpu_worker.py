@@ -130,7 +130,7 @@ class Machine:
         """Return what the numbers are taken on."""
         found: dict[str, Any] = {
             "python": platform.python_version(), "torch": torch.__version__,
-            "ebbtide": ebbtide.__version__, "core": available(),
+            "ebbtide": ebbtide.__version__, "from": ebbtide.__file__, "core": available(),
         }  # fmt: skip
         if self.dry:
             return found

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import ebbtide.torch.rows
 from ebbtide.torch import AdamW, step_in_backward
 from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import GRAD_NORM, TRITON_CLIPPED
@@ -201,6 +202,61 @@ def test_a_grad_scaler_unscales_and_drops_on_the_device(
     for key, value in theirs.numbers().items():
         torch.testing.assert_close(mine[key], value, **TRITON_CLIPPED)
     assert ours.backend.launches == (9 if clip else 6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"clip_grad_norm": 0.5}, {"nonfinite": "skip"}, {"nonfinite": "skip", "fused": True}],
+    ids=str,
+)
+def test_a_gpu_and_the_cpu_step_one_optimizer_together(
+    words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter is left the matrix alone: the rest is the compiled core's, as on the CPU."""
+    with on(INTERPRETER):
+        ours = run_on(INTERPRETER, **words)
+        matrix = ours.params[0]
+        monkeypatch.setattr(
+            ebbtide.torch.rows, "launches", lambda param, grad, group: param is matrix
+        )
+        skipped = []
+        for step in range(4):
+            ours.grads()
+            if step in (1, 2) and "nonfinite" in words:
+                spoil(ours, 2 * (step - 1), 1)  # on the one, then on the other
+            ours.optimizer.step()
+            skipped.append(ours.optimizer.last_step_skipped)
+        with by_the_core():
+            theirs = run_on(INTERPRETER, **words)
+            for step in range(4):
+                theirs.grads()
+                if step in (1, 2) and "nonfinite" in words:
+                    spoil(theirs, 2 * (step - 1), 1)
+                theirs.optimizer.step()
+    assert ours.backend.launches >= 2
+    assert skipped == [False, "nonfinite" in words, "nonfinite" in words, False]
+    assert ours.optimizer.skipped_steps == theirs.optimizer.skipped_steps
+    if "clip_grad_norm" in words:
+        norms = ours.optimizer.last_grad_norm, theirs.optimizer.last_grad_norm
+        assert norms[0] == pytest.approx(norms[1], **GRAD_NORM)
+    mine = ours.numbers()
+    for key, value in theirs.numbers().items():
+        torch.testing.assert_close(mine[key], value, **TRITON_CLIPPED)
+
+
+def test_each_of_a_gpu_and_the_cpu_raises_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on(INTERPRETER):
+        run = run_on(INTERPRETER)
+        matrix = run.params[0]
+        monkeypatch.setattr(
+            ebbtide.torch.rows, "launches", lambda param, grad, group: param is matrix
+        )
+        with pytest.raises(FloatingPointError, match=r"step 1 in 'w1' \(1 of 3\)"):
+            spoilt_step(run, 1, 1)
+        spoilt_step(run, 0, 2)
+        with pytest.raises(FloatingPointError, match=r"step 2 in 'w0' \(2 of 1200\)"):
+            run.step()
+        run.step()
 
 
 def test_stepping_inside_backward_takes_the_same_steps(device: str) -> None:
