@@ -159,7 +159,8 @@ def reduced(value: torch.Tensor, mesh: Any, op: str, dims: Iterable[int]) -> tor
         op: A name of `torch.distributed.ReduceOp`.
         dims: Of the mesh.
     """
-    total = value.to(mesh.device_type, copy=True)
+    there = value.device.type == mesh.device_type  # then the GPU that it is on, whatever is current
+    total = value.clone() if there else value.to(mesh.device_type)
     for dim in dims:
         how = getattr(torch.distributed.ReduceOp, op)
         torch.distributed.all_reduce(total, how, group=mesh.get_group(dim))
