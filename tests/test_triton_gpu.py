@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import ebbtide.groups.state_format
 from ebbtide.torch import AdamW
 from tests.devices import GPU, Run, assert_same_bits, on
 
@@ -15,17 +16,21 @@ pytestmark = pytest.mark.gpu
 
 SHAPES: list[tuple[int, ...]] = [(40, 30), (3,), ()]
 WORDS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+LOW_BIT: dict[str, Any] = {
+    "dtype": torch.bfloat16, "state_format": "8bit", "master_format": "24bit",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def native() -> Iterator[None]:
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ebbtide.groups.state_format, "SMALL_NUMEL", 1024)
     with on(GPU):
         yield
 
 
 @pytest.mark.parametrize(
     "words",
-    [{}, {"clip_grad_norm": 1.0}, {"nonfinite": "skip"}, {"fused": True}],
+    [{}, {"clip_grad_norm": 1.0}, {"nonfinite": "skip"}, {"fused": True}, LOW_BIT],
     ids=str,
 )
 def test_a_step_never_waits_for_the_device(words: dict[str, Any]) -> None:
@@ -39,13 +44,13 @@ def test_a_step_never_waits_for_the_device(words: dict[str, Any]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("more", [{}, {"clip_grad_norm": 1.0}, LOW_BIT], ids=str)
 def test_a_captured_step_is_replayed_with_its_own_count_and_learning_rate(
-    clip: float | None,
+    more: dict[str, Any],
 ) -> None:
     def run_of() -> tuple[Run, torch.Tensor]:
         lr = torch.tensor(0.02, device=GPU)
-        words = {"lr": lr, "weight_decay": 0.1, "capturable": True, "clip_grad_norm": clip}
+        words = {"lr": lr, "weight_decay": 0.1, "capturable": True, **more}
         run = Run("AdamW", SHAPES, GPU, **words)
         run.grads()
         return run, lr
