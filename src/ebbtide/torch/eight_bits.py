@@ -134,7 +134,7 @@ def _holdable(
 
 
 def _ratio(first: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Return m/S: S is the power of two at or below the root of the number with these bits."""
+    """Return m/S: S is the power of two nearest the root of the number with these bits."""
     return _flushed(first * (0x5F000000 - (bits >> 1 & 0x7F800000)).view(torch.float32))
 
 
