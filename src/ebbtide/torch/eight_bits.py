@@ -20,6 +20,7 @@ _INFINITY = 0x7F800000  # its bits
 _DORMANT = 16 << 23
 _HALF = 0x8000_8000  # in place of random bits: rounds to nearest
 _NORMAL = 2.0**-126
+_AT_ONCE = 1 << 20  # elements: encoding one takes some 50 bytes meanwhile
 
 
 def blocks_of(shape: torch.Size) -> tuple[int, int]:
@@ -54,6 +55,22 @@ def encode(moments: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.
         moments: First moment, second moment and, for AMSGrad, the maximum of the second, all of the
             shape of the parameter.
     """
+    rows, run = moments[0].shape[0], math.prod(moments[0].shape[1:])
+    some = max(1, _AT_ONCE // max(1, run))
+    parts = [
+        _encode([each[row : row + some] for each in moments])
+        for row in range(0, max(1, rows), some)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales = (
+        [torch.cat(each) for each in zip(*arrays, strict=True)]
+        for arrays in zip(*parts, strict=True)
+    )
+    return codes, scales
+
+
+def _encode(moments: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     shape = moments[0].shape
     first, *seconds = [_blocked(each.to(torch.float32)) for each in moments]
     first, bits = _holdable(first, seconds)
