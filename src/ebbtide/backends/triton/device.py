@@ -22,7 +22,7 @@ from ebbtide.backends.triton.tables import (
 from ebbtide.plan import BLOCK, Bucket, Row
 from ebbtide.rules import Rule, Scalars
 
-__all__ = ["BLOCKS", "Device", "Question"]
+__all__ = ["BLOCKS", "Device", "Question", "Ranks"]
 
 # Blocks of 128 elements in a tile, and warps of a program by the bytes of the narrowest array: a
 # thread then takes 16 bytes of that at once.
