@@ -143,7 +143,7 @@ def broken(key: str, change: Any) -> dict[str, Any]:
         ("exp_avg_sq_scale", lambda x: x[..., :1], "shape"),
         ("exp_avg_sq_scale", lambda x: torch.full_like(x, 127), "infinite numbers"),
         ("exp_avg_sq_scale", lambda x: torch.full_like(x, 255), "infinite numbers"),
-        ("residual", lambda x: x.float(), "dtype torch.float32"),
+        ("residual", lambda x: x.short(), "dtype torch.int16"),
         ("residual", lambda x: x[1:], "shape"),
     ],
 )
@@ -161,6 +161,26 @@ def test_what_cannot_be_decoded_is_refused_and_nothing_changes(
     for index, state in before["state"].items():
         for name, value in state.items():
             assert torch.equal(after["state"][index][name], value)
+
+
+def test_residuals_that_torch_has_cast_are_left_out() -> None:
+    params = params_of(torch.bfloat16)
+    options: dict[str, Any] = {"master_format": "32bit"}
+    ours = AdamW(params.items(), **options)
+    train(ours, 2, seed=1)
+    theirs = torch.optim.AdamW(params.items())
+    theirs.load_state_dict(through_a_file(ours.state_dict()))
+    train(theirs, 2, seed=2)
+    again = AdamW(params.items(), **options)
+    with pytest.warns(UserWarning, match="the residuals of 3 parameters are left out"):
+        again.load_state_dict(through_a_file(theirs.state_dict()))
+    for param in params.values():
+        moments = theirs.state[param]
+        assert "residual" not in again.state[param]
+        assert torch.equal(again.state[param]["exp_avg"], moments["exp_avg"])
+        assert torch.equal(again.state[param]["exp_avg_sq"], moments["exp_avg_sq"])
+    train(again, 1, seed=3)
+    assert again.state[params["matrix"]]["residual"].dtype == torch.uint8
 
 
 def test_codes_without_their_scale_are_refused() -> None:

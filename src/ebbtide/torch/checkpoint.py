@@ -111,6 +111,7 @@ def _prepared(
     )
     _keep_names(loading, state_dict["param_groups"])
     _check_groups(optimizer, loading.groups)
+    _leave_out_cast_residuals(loading)
     state = _loaded_state(optimizer, loading)
     if _anywhere(loading.refused(strict=strict), groups):
         raise loading.refusal()
@@ -207,6 +208,27 @@ def _check_groups(optimizer: Persistent, merged: list[dict[str, Any]]) -> None:
             validate_group(optimizer._rule, numbers(group), f" (saved for group {number})")
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{error}: nothing was loaded") from error
+
+
+def _leave_out_cast_residuals(loading: Loading) -> None:
+    """Leave out what `torch.optim`, which knows no residuals, has cast to the parameter's dtype.
+
+    It has moved the parameters since without them.
+    """
+    cast = [
+        at
+        for at, values in loading.states.items()
+        if isinstance(values.get("residual"), torch.Tensor)
+        and values["residual"].is_floating_point()
+    ]
+    for at in cast:
+        values = loading.states[at]
+        loading.states[at] = {key: each for key, each in values.items() if key != "residual"}
+    if cast:
+        loading.notes.append(
+            f"the residuals of {len(cast)} parameters are left out, since torch.optim has cast "
+            "them: the parameters count as they are"
+        )
 
 
 def _loaded_state(optimizer: Persistent, loading: Loading) -> dict[Any, Any]:
