@@ -92,3 +92,16 @@ def test_errors_settle_and_rounding_to_nearest_does_not() -> None:
     assert found["8bit"] < 0.025
     assert found["bfloat16"] < 0.02
     assert found["nearest"] > 0.1
+
+
+@pytest.mark.parametrize(("beta1", "error"), [(0.9, 0.018), (0.95, 0.025), (0.99, 0.05)])
+def test_a_longer_memory_of_the_first_moment_costs_precision(beta1: float, error: float) -> None:
+    shape, generator = torch.Size((16, 256)), torch.Generator().manual_seed(0)
+    exact, ours = Exact([shape], (beta1, 0.99), EPS), Ours([shape], (beta1, 0.99), EPS, "8bit")
+    errors = []
+    for _ in range(300):
+        grad = torch.randn(shape, generator=generator)
+        (u,), (mine,) = exact.step([grad]), ours.step([grad])
+        errors.append(float((mine.double() - u).norm() / u.norm()))
+    settled = sum(errors[-100:]) / 100
+    assert 0.7 * error < settled < error
