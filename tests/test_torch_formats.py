@@ -149,6 +149,20 @@ def test_groups_have_formats_of_their_own_and_may_change_them() -> None:
     assert "exp_avg_codes" in optimizer.state[second]
 
 
+def test_a_maximum_that_rests_is_kept_when_the_format_changes() -> None:
+    param = matrix()
+    optimizer = AdamW([("w", param)], amsgrad=True)
+    (group,) = optimizer.param_groups
+    steps(optimizer, 2)
+    maximum = optimizer.state[param]["max_exp_avg_sq"].clone()
+    group["amsgrad"] = False
+    for form in ("8bit", "float32"):
+        group["state_format"] = form
+        steps(optimizer, 1)
+    kept = optimizer.state[param]["max_exp_avg_sq"]
+    assert torch.allclose(kept, maximum, rtol=2**-4, atol=0)  # half a step of a wide window
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -162,7 +162,8 @@ def conversion(
     Arrays that the state lacks stay lacking. Eight bits are rounded to nearest.
     """
     put, gone = _converted_residual(param, state, storage)
-    had = [key for key in keys if isinstance(state.get(key), torch.Tensor)]
+    kept = dict.fromkeys((*keys, *MOMENTS))  # a maximum waits for amsgrad to be switched on again
+    had = [key for key in kept if isinstance(state.get(key), torch.Tensor)]
     if is_coded(state) and not storage.coded:
         decoded = plain(state)
         put.update({key: decoded[key].to(storage.dtype) for key in MOMENTS if key in decoded})
