@@ -390,3 +390,24 @@ def test_the_monitor_reads_eight_bit_moments() -> None:
     )
     error = low["decay/group0/realised_to_expected_error"]
     assert low["decay/group0/realised_to_expected"] == pytest.approx(1.0, abs=4 * error)
+
+
+@pytest.mark.parametrize("key", ["exp_avg_scale", "exp_avg_sq_scale"])
+def test_codes_that_have_lost_their_scale_are_refused_by_name(key: str) -> None:
+    param = matrix()
+    optimizer = AdamW([("w", param)], **EIGHT)
+    steps(optimizer, 2)
+    del optimizer.state[param][key]
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=f"parameter 'w' holds .*_codes without {key}"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_count_of_16_bit_parameters_is_estimated_too(momentum: float) -> None:
+    param = matrix(torch.bfloat16)
+    optimizer = SGD([("w", param)], momentum=momentum)
+    steps(optimizer, 1)
+    taken = sum(value.nbytes for value in optimizer.state[param].values())
+    assert taken == estimate([("w", param)], moments=int(momentum > 0)).state

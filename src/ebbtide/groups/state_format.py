@@ -141,7 +141,8 @@ def param_state_bytes(
         info: The parameter.
         state_format: From `state_format_for`.
         master_format: From `master_format_for`.
-        moments: From `moments_of_group`; with two or more there is a step count of 4 bytes.
+        moments: From `moments_of_group`; with two or more there is a step count of 4 bytes, as
+            there is where random bits depend on it, for 16-bit parameters.
 
     Example:
         >>> info = ParamInfo("fc.weight", (1024, 1024), dtype="bfloat16")
@@ -150,7 +151,7 @@ def param_state_bytes(
     """
     held = info.numel if info.local_numel is None else info.local_numel
     residual = held * _RESIDUAL_BYTES[master_format]
-    count = 4 if moments > 1 else 0
+    count = 4 if moments > 1 or info.dtype in _LOW_PRECISION else 0
     return state_bytes(info.shape, state_format, moments, held) + residual + count
 
 

@@ -163,6 +163,12 @@ class Planner:
         had = [
             key for key in keys if state.get(f"{key}_codes" if storage.coded else key) is not None
         ]
+        lone = [key for key in had if storage.coded and state.get(f"{key}_scale") is None]
+        if lone:
+            raise RuntimeError(
+                f"the state of parameter {name!r} holds {lone[0]}_codes without {lone[0]}_scale, "
+                "so the codes mean nothing; clear it"
+            )
         if self.rule.name == "adam" and state and len(had) < 2:
             raise RuntimeError(
                 f"the state of parameter {name!r} holds {sorted(state)}: not that of Adam; clear it"
