@@ -100,7 +100,7 @@ def interrupted(optimizer: Any, at: int) -> bool:
             raise KeyboardInterrupt
         return trace
 
-    tracing = sys.gettrace()
+    tracing, enabled = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(trace)
     try:
         optimizer.step()
@@ -108,6 +108,8 @@ def interrupted(optimizer: Any, at: int) -> bool:
         return True
     finally:
         sys.settrace(tracing)
+        # On the line that ends a `with` Python has not called `__exit__` yet: so too in no_grad.
+        torch.set_grad_enabled(enabled)
     return False
 
 
