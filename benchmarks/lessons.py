@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ebbtide.lab.charlm import text_of
+from ebbtide.lab.charlm import Transformer, text_of
 from ebbtide.lab.torch_training import new_model
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -97,7 +97,7 @@ def transformer(seed: int) -> Lesson:
     pieces, characters = _characters()
     train, test = _parts(pieces)
     learnt, measured = ((part[:, :-1], part[:, 1:]) for part in (train, test[:96]))
-    return Lesson(lambda: Transformer(characters), learnt, measured, 8, seed)
+    return Lesson(lambda: Transformer(characters, width=64), learnt, measured, 8, seed)
 
 
 def embedding(seed: int) -> Lesson:
@@ -128,47 +128,6 @@ class Bag(nn.Module):
         """Return logits (B, 1, words) for contexts (B, 4)."""
         logits: torch.Tensor = self.head(self.table(context).mean(1, keepdim=True))
         return logits
-
-
-class Transformer(nn.Module):
-    """Decoder-only, two layers of width 64 with LayerNorm before each part."""
-
-    def __init__(self, characters: int, width: int = 64, context: int = 64) -> None:
-        super().__init__()
-        self.token = nn.Embedding(characters, width)
-        self.position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, characters)
-
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, T, characters) for characters (B, T)."""
-        x = self.token(codes) + self.position.weight[: codes.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits: torch.Tensor = self.head(self.norm(x))
-        return logits
-
-
-class Block(nn.Module):
-    """Causal attention with four heads, then a perceptron."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the block makes of x (B, T, width)."""
-        batch, length, width = x.shape
-        heads = self.query_key_value(self.attention_norm(x)).view(batch, length, 3, 4, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        down: torch.Tensor = self.down(functional.gelu(self.up(self.norm(x))))
-        return x + down
 
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ebbtide.lab.optimizers import OptimizerSpec
-from ebbtide.lab.tasks import Arm, Cell, Metric, Outcomes, Search, Task, Tick
-from ebbtide.lab.torch_training import new_model, train_cells
+from ebbtide.lab.tasks import Arm, Metric, Search, Task
+from ebbtide.lab.torch_training import Lesson, TaughtArm, new_model
 
 __all__ = ["CharacterArm", "Transformer", "charlm_task", "text_of"]
 
@@ -30,13 +28,13 @@ _METRIC = Metric("loss", "nats", higher_is_better=False, decimals=3)
 class Transformer(nn.Module):
     """Decoder-only: embeddings, causal blocks with LayerNorm before each part, a linear head."""
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, characters: int, width: int = _WIDTH) -> None:
         super().__init__()
-        self.token = nn.Embedding(characters, _WIDTH)
-        self.position = nn.Embedding(_CONTEXT, _WIDTH)
-        self.blocks = nn.ModuleList(_Block() for _ in range(_LAYERS))
-        self.norm = nn.LayerNorm(_WIDTH)
-        self.head = nn.Linear(_WIDTH, characters)
+        self.token = nn.Embedding(characters, width)
+        self.position = nn.Embedding(_CONTEXT, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(_LAYERS))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """Return logits (B, T, characters) for the characters that follow codes (B, T)."""
@@ -48,27 +46,27 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(_WIDTH)
-        self.query_key_value = nn.Linear(_WIDTH, 3 * _WIDTH)
-        self.out = nn.Linear(_WIDTH, _WIDTH)
-        self.norm = nn.LayerNorm(_WIDTH)
-        self.up = nn.Linear(_WIDTH, 4 * _WIDTH)
-        self.down = nn.Linear(4 * _WIDTH, _WIDTH)
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, _ = x.shape
+        batch, length, width = x.shape
         heads = self.query_key_value(self.attention_norm(x)).view(batch, length, 3, _HEADS, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, _WIDTH))
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         down: torch.Tensor = self.down(functional.gelu(self.up(self.norm(x))))
         return x + down
 
 
 @dataclass(frozen=True)
-class CharacterArm:
+class CharacterArm(TaughtArm):
     """The text, a different part of its paragraphs to train on for every seed."""
 
     steps: int
@@ -81,19 +79,9 @@ class CharacterArm:
     metric: Metric = _METRIC
     loss_name: str = "cross-entropy (nats a character)"
 
-    def train(
-        self,
-        spec: OptimizerSpec,
-        cells: Sequence[Cell],
-        seeds: Sequence[int],
-        *,
-        curve_points: int,
-        tick: Tick,
-    ) -> Outcomes:
-        """Train every cell under every seed."""
-        return train_cells(
-            _Reading, spec, cells, seeds, steps=self.steps, curve_points=curve_points, tick=tick
-        )
+    def lesson(self, seed: int) -> Lesson:
+        """Return what a seed fixes."""
+        return _Reading(seed)
 
 
 class _Reading:

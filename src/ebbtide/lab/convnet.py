@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from ebbtide.lab.digits import DigitsArm
-from ebbtide.lab.optimizers import OptimizerSpec
-from ebbtide.lab.tasks import Arm, Cell, Metric, Outcomes, Search, Task, Tick
-from ebbtide.lab.torch_training import new_model, train_cells
+from ebbtide.lab.tasks import Arm, Metric, Search, Task
+from ebbtide.lab.torch_training import Lesson, TaughtArm, new_model
 
 __all__ = ["ConvolutionalArm", "convnet_task"]
 
@@ -26,7 +24,7 @@ _DATA = DigitsArm("data", "", "")
 
 
 @dataclass(frozen=True)
-class ConvolutionalArm:
+class ConvolutionalArm(TaughtArm):
     """The digits as pictures of 8 x 8."""
 
     steps: int
@@ -36,19 +34,9 @@ class ConvolutionalArm:
     metric: Metric = _METRIC
     loss_name: str = "cross-entropy (nats)"
 
-    def train(
-        self,
-        spec: OptimizerSpec,
-        cells: Sequence[Cell],
-        seeds: Sequence[int],
-        *,
-        curve_points: int,
-        tick: Tick,
-    ) -> Outcomes:
-        """Train every cell under every seed."""
-        return train_cells(
-            _Pictures, spec, cells, seeds, steps=self.steps, curve_points=curve_points, tick=tick
-        )
+    def lesson(self, seed: int) -> Lesson:
+        """Return what a seed fixes."""
+        return _Pictures(seed)
 
 
 class _Pictures:

@@ -17,7 +17,7 @@ from ebbtide.lab.optimizers import OptimizerSpec
 from ebbtide.lab.tasks import Cell, Outcomes, Tick
 from ebbtide.schedules import Cosine
 
-__all__ = ["Lesson", "new_model", "one_torch_thread", "train_cells"]
+__all__ = ["Lesson", "TaughtArm", "new_model", "one_torch_thread", "train_cells"]
 
 _STEPS_A_TICK = 10
 
@@ -36,6 +36,30 @@ class Lesson(Protocol):
 
     def score(self, model: nn.Module, part: str) -> float:
         """Return the arm's metric on a part of the data: validation or test."""
+
+
+class TaughtArm:
+    """An arm that is trained by torch, one lesson a seed."""
+
+    steps: int
+
+    def lesson(self, seed: int) -> Lesson:
+        """Return what a seed fixes."""
+        raise NotImplementedError
+
+    def train(
+        self,
+        spec: OptimizerSpec,
+        cells: Sequence[Cell],
+        seeds: Sequence[int],
+        *,
+        curve_points: int,
+        tick: Tick,
+    ) -> Outcomes:
+        """Train every cell under every seed."""
+        return train_cells(
+            self.lesson, spec, cells, seeds, steps=self.steps, curve_points=curve_points, tick=tick
+        )
 
 
 def train_cells(
