@@ -91,9 +91,9 @@ class Persistent(Options, torch.optim.Optimizer):
         """Load state and hyperparameters, from ours or from torch's class of the same name.
 
         Parameters are matched by name where both sides have names, whatever their order and
-        grouping; else by position. State keeps the dtype it was saved in,
-        unless the group asks for another. How a step is computed
-        (`foreach`, `fused`, `capturable`, `differentiable`) and kept (`state_format`,
+        grouping; else by position. State keeps the dtype it was saved in, unless the group asks for
+        another format; 8-bit state is decoded where the group does not ask for it. How a step is
+        computed (`foreach`, `fused`, `capturable`, `differentiable`) and kept (`state_format`,
         `master_format`) is not taken from the file. All or nothing: where this raises, nothing has
         changed.
 
