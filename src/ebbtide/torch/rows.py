@@ -122,8 +122,9 @@ class Planner:
             plan.cacheable &= not row.keep
             self._enter(param, index, row, state, plan)
         else:
-            self._add_tensors(param, grad, name, keys, index, group, merged, state, count)
-            self.tensors[-1].stochastic = storage.stochastic
+            _check_differentiable(name, param, merged, group)
+            stochastic = storage.stochastic
+            self._add_tensors(param, grad, name, keys, index, group, state, count, stochastic)
 
     def _enter(
         self,
@@ -282,15 +283,10 @@ class Planner:
         keys: tuple[str, ...],
         index: int,
         group: Mapping[str, Any],
-        merged: State,
         state: State,
         count: int,
+        stochastic: bool,
     ) -> None:
-        differentiable = bool(group.get("differentiable")) and torch.is_grad_enabled()
-        if differentiable and "step" in merged and merged["step"].requires_grad:
-            raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
-        if differentiable and distributed(param):
-            raise RuntimeError(f"parameter {name!r} is a DTensor: differentiable needs plain ones")
         self.tensors.append(
             TensorRow(
                 entry=len(self.plan.entries),
@@ -301,15 +297,31 @@ class Planner:
                 state=state,
                 keys=keys,
                 count=count,
-                differentiable=differentiable,
+                differentiable=_is_differentiable(group),
                 capturable=bool(group.get("capturable")),
                 salt=salt_of(unwrapped(name)),
                 offset=shard_offset(param) if param.dtype in LOW_PRECISION else 0,
+                stochastic=stochastic,
             )
         )
         self.plan.cacheable = False
         self.grads[len(self.plan.entries)] = self.tensors[-1].grad
         self._enter(param, index)
+
+
+def _is_differentiable(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("differentiable")) and torch.is_grad_enabled()
+
+
+def _check_differentiable(
+    name: str, param: torch.Tensor, state: State, group: Mapping[str, Any]
+) -> None:
+    if not _is_differentiable(group):
+        return
+    if "step" in state and state["step"].requires_grad:
+        raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+    if distributed(param):
+        raise RuntimeError(f"parameter {name!r} is a DTensor: differentiable needs plain ones")
 
 
 def _is_for_kernels(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) -> bool:
