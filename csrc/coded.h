@@ -40,20 +40,26 @@ EBBTIDE_INLINE int64_t update_block(const P& param, const G& grad, S& state, Wor
                                     const Numbers& s, bool guard) {
   int64_t untouched = 0;
   auto running = state.open();
-  for (int j = 0; j < kBlock; j += kLanes) {
-    const Lanes old_p = param.get(j);
-    Lanes new_p = old_p, old_state[S::kState + 1], new_state[S::kState + 1];
+  for (int j = 0; j < kBlock; j += kWide) {
+    const Wide old_p = param.get(j);
+    Wide new_p = old_p, old_state[S::kState + 1], new_state[S::kState + 1];
     state.get(j, running, old_state);
-    for (int k = 0; k < S::kState; ++k) new_state[k] = old_state[k];
-    const Lanes witness = R::apply(new_p, grad.get(j), new_state, s);
-    const Mask ok = R::finite(witness);
-    if (!all(ok) && guard) [[unlikely]] {
-      untouched += kLanes - count(ok);
-      new_p = choose(ok, new_p, old_p);
-      for (int k = 0; k < S::kState; ++k) new_state[k] = choose(ok, new_state[k], old_state[k]);
+    for (int i = 0; i < S::kState; ++i) new_state[i] = old_state[i];
+    const Wide witness = R::apply(new_p, grad.get(j), new_state, s);
+    Mask fine = R::finite(witness.of[0]);
+    for (int k = 1; k < kAbreast; ++k) fine &= R::finite(witness.of[k]);
+    if (!all(fine) && guard) [[unlikely]] {
+      for (int k = 0; k < kAbreast; ++k) {
+        const Mask ok = R::finite(witness.of[k]);
+        untouched += kLanes - count(ok);
+        new_p.of[k] = choose(ok, new_p.of[k], old_p.of[k]);
+        for (int i = 0; i < S::kState; ++i) {
+          new_state[i].of[k] = choose(ok, new_state[i].of[k], old_state[i].of[k]);
+        }
+      }
     }
-    param.put(j, new_p, words_at(j, words.param));
     state.put(j, running, new_state, words.state);
+    param.put(j, new_p, words_at(j, words.param));
   }
   state.settle(running);
   return untouched;
@@ -112,30 +118,17 @@ inline SplitStream<kBits> split_at(char* const* at) {
   using Residual = typename SplitStream<kBits>::Residual;
   return {reinterpret_cast<uint16_t*>(at[0]), reinterpret_cast<Residual*>(at[2])};
 }
-template <int kCount>
-inline Moments8<kCount> moments8(const Row& row, char* const* at, int64_t block) {
-  Moments8<kCount> state;
-  state.codes = reinterpret_cast<int8_t*>(at[3]);
-  state.scale = static_cast<float*>(row.state[0].scale) + block;
-  for (int k = 1; k < kCount; ++k) {
-    state.second[k - 1].at(reinterpret_cast<uint8_t*>(at[3 + k]),
-                           static_cast<uint16_t*>(row.state[k].scale) + block);
-  }
-  return state;
-}
-
 // Blocks that are updated before the first of them is encoded: how to encode one depends on all its
 // elements, and the time that this takes to be known passes with the next one's arithmetic.
 constexpr int kTogether = 4;
 
-// The blocks [begin, end) of a row; `streams(at, block)` makes the streams of one block.
-template <class R, bool kPlain, class Streams>
+// The blocks [begin, end) of a row; `param_at(at)` and `grad_at(at)` make the streams of one block.
+template <class R, bool kPlain, class State, class ParamAt, class GradAt>
 int64_t step_blocks(const Row& row, const StepScalars& scalars, bool guard, int64_t begin,
-                    int64_t end, const Streams& streams) {
+                    int64_t end, const ParamAt& param_at, const GradAt& grad_at) {
   const auto s = narrow<float, kPlain>(scalars);
   const RowBits bits(uint64_t(scalars.seed), uint64_t(scalars.step), row.salt);
   const Arrays arrays(row, R::kState);
-  using State = std::tuple_element_t<2, decltype(streams(nullptr, 0))>;
   State states[kTogether];
   Staging staging;
   int64_t untouched = 0;
@@ -152,8 +145,9 @@ int64_t step_blocks(const Row& row, const StepScalars& scalars, bool guard, int6
     Words words[kTogether];
     for (int i = 0; i < count; ++i) {
       words[i] = bits.of(b.index + i);
-      auto [param, grad, state] = streams(at, block + i);
-      states[i] = state;
+      states[i].place(row.state, at + kState, block + i);
+      const auto param = param_at(at);
+      const auto grad = grad_at(at);
       untouched += update_block<R>(param, grad, states[i], words[i], s, guard);
       if (whole) {
         param.prefetch();

@@ -56,6 +56,12 @@ inline void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// a where c holds, else b; by element where c compares vectors.
+template <typename C, typename V>
+EBBTIDE_INLINE V pick(const C& c, const V& a, const V& b) {
+  return c ? a : b;
+}
+
 inline DoubleLanes widen(HalfLanes x) { return __builtin_convertvector(x, DoubleLanes); }
 inline DoubleLanes widen(DoubleLanes x) { return x; }
 
@@ -250,6 +256,9 @@ EBBTIDE_INLINE Mask nonzero(UintLanes x) { return _mm512_test_epi32_mask((__m512
 EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) {
   return _mm512_cmpgt_epi32_mask((__m512i)x, _mm512_set1_epi32(bound));
 }
+EBBTIDE_INLINE Mask below(UintLanes x, int32_t bound) {
+  return _mm512_cmplt_epi32_mask((__m512i)x, _mm512_set1_epi32(bound));
+}
 EBBTIDE_INLINE bool all(Mask mask) { return mask == 0xFFFF; }
 EBBTIDE_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
 template <typename V>
@@ -269,6 +278,7 @@ EBBTIDE_INLINE Mask below(Lanes a, Lanes b) { return a < b; }
 EBBTIDE_INLINE Mask nonzero(Lanes x) { return x != 0; }
 EBBTIDE_INLINE Mask nonzero(UintLanes x) { return x != 0; }
 EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) { return x > bound; }
+EBBTIDE_INLINE Mask below(UintLanes x, int32_t bound) { return (IntLanes)x < bound; }
 #if defined(__AVX2__)
 EBBTIDE_INLINE bool all(Mask mask) { return _mm256_movemask_ps((__m256)mask) == 0xFF; }
 #else
@@ -313,6 +323,33 @@ EBBTIDE_INLINE uint32_t total(UintLanes x) { return fold<_mm256_add_epi32, _mm_a
 #if !defined(__AVX512F__)
 EBBTIDE_INLINE int count(Mask mask) { return int(total((UintLanes)-mask)); }
 #endif
+
+// The largest lanes of three vectors.
+struct Maxima {
+  uint32_t a, b, c;
+};
+EBBTIDE_INLINE Maxima maxima(UintLanes a, UintLanes b, UintLanes c) {
+#if defined(__AVX512F__)
+  // Quarters: of a and b side by side, then of all three; lanes within a quarter last.
+  const auto halves = [](UintLanes x, UintLanes y) {
+    return larger(
+        __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
+                                31));
+  };
+  const UintLanes ab = halves(a, b), cc = halves(c, c);
+  UintLanes most = larger(
+      __builtin_shufflevector(ab, cc, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+      __builtin_shufflevector(ab, cc, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+  most = larger(most,
+                (UintLanes)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)most, _MM_PERM_ENUM(0x4E)));
+  most = larger(most,
+                (UintLanes)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)most, _MM_PERM_ENUM(0xB1)));
+  return {most[0], most[4], most[8]};
+#else
+  return {largest(a), largest(b), largest(c)};
+#endif
+}
 
 }  // namespace
 

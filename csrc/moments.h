@@ -22,18 +22,23 @@ struct Elementwise {
 
   struct Running {};
 
+  void place(const Field* state, char* const* at, int64_t) {
+    if constexpr (kCount > 0) first.place(at[0], state[0].format, false);
+    for (int k = 1; k < kCount; ++k) second[k - 1].place(at[k], state[k].format, true);
+  }
   EBBTIDE_INLINE Running open() { return {}; }
   EBBTIDE_INLINE void prefetch() const {
     if constexpr (kCount > 0) first.prefetch();
     for (int k = 1; k < kCount; ++k) second[k - 1].prefetch();
   }
-  EBBTIDE_INLINE void get(int j, const Running&, Lanes* state) const {
+  EBBTIDE_INLINE void get(int j, const Running&, Wide* state) const {
     if constexpr (kCount > 0) state[0] = first.get(j);
     for (int k = 1; k < kCount; ++k) state[k] = second[k - 1].get(j);
   }
-  EBBTIDE_INLINE void put(int j, Running&, const Lanes* state, uint32_t word) {
-    if constexpr (kCount > 0) first.put(j, state[0], UintLanes{});
-    for (int k = 1; k < kCount; ++k) second[k - 1].put(j, state[k], words_at(j, word));
+  EBBTIDE_INLINE void put(int j, Running&, const Wide* state, uint32_t word) {
+    const WideBits words = words_at(j, word);
+    if constexpr (kCount > 0) first.put(j, state[0], words);
+    for (int k = 1; k < kCount; ++k) second[k - 1].put(j, state[k], words);
   }
   EBBTIDE_INLINE void settle(const Running&) {}
   EBBTIDE_INLINE void choose() {}
@@ -60,82 +65,90 @@ class Window8 {
   struct Running {
     int shift;
     uint32_t base;
-    UintLanes highest{}, lowest = ~UintLanes{}, lowest_moving = ~UintLanes{};
+    UintLanes highest{}, lowest = ~UintLanes{};
   };
 
-  void at(uint8_t* codes, uint16_t* window) {
-    codes_ = codes;
-    window_ = window;
+  void place(char* codes, void* windows, int64_t block) {
+    codes_ = reinterpret_cast<uint8_t*>(codes);
+    window_ = static_cast<uint16_t*>(windows) + block;
   }
   EBBTIDE_INLINE Running open() const {
     const int ones = std::min(std::countl_one(*window_), 7);
     return {16 + ones, *window_ & (0xFFFFu >> ones)};
   }
-  EBBTIDE_INLINE UintLanes get(int j, const Running& running) const {
-    const UintLanes codes = load_wide(codes_ + j);
-    return where(nonzero(codes), (codes + running.base) << running.shift);
+  EBBTIDE_INLINE WideBits get(int j, const Running& running) const {
+    return each_from(j, [&](int i) {
+      const UintLanes codes = load_wide(codes_ + i);
+      return where(nonzero(codes), (codes + running.base) << running.shift);
+    });
   }
-  EBBTIDE_INLINE void put(int j, Running& running, UintLanes bits, Mask alive, Mask moving) {
-    bits_[j / kLanes] = bits;
-    running.highest = larger(running.highest, bits);
-    running.lowest = smaller(alive, running.lowest, bits);
-    running.lowest_moving = smaller(moving, running.lowest_moving, bits);
+  EBBTIDE_INLINE void put(int j, Running& running, const WideBits& bits) {
+    store(bits_ + j, bits);
+    for (int k = 0; k < kAbreast; ++k) {
+      running.highest = larger(running.highest, bits.of[k]);
+      running.lowest = smaller(running.lowest, bits.of[k]);
+    }
   }
-  EBBTIDE_INLINE void settle(const Running& running) {
-    highest_ = running.highest;
-    lowest_ = running.lowest;
-    lowest_moving_ = running.lowest_moving;
+  EBBTIDE_INLINE void settle(uint32_t highest, uint32_t lowest) {
+    highest_ = highest;
+    lowest_ = lowest;
   }
   EBBTIDE_INLINE void prefetch() const { prefetch_block(codes_); }
-  UintLanes bits(int i) const { return bits_[i]; }
-  bool holds() const { return largest(highest_) <= kLargest; }
+  bool holds() const { return highest_ <= kLargest; }
+  bool lives() const { return lowest_ >= kSmallest; }
 
-  // Chooses the window of what has been put.
+  // Chooses the window from the lowest element that counts.
   EBBTIDE_INLINE void choose() {
-    const uint32_t highest = largest(highest_);
     shift_ = 16;
     base_ = 0;
     *window_ = 0;
-    if (highest == 0) return;
-    const uint32_t floor = highest > kDormant ? highest - kDormant : 0;
-    const uint32_t lowest = std::max(smallest(lowest_), floor);
-    const uint32_t low = std::min({smallest(lowest_moving_), lowest, highest});
-    shift_ = std::max(int(std::bit_width(highest - low)) - 8, 16);
-    shift_ += (highest >> shift_) - (low >> shift_) > 253;
-    base_ = (low >> shift_) - 1;
+    if (highest_ == 0) return;
+    shift_ = std::max(int(std::bit_width(highest_ - lowest_)) - 8, 16);
+    shift_ += (highest_ >> shift_) - (lowest_ >> shift_) > 253;
+    base_ = (lowest_ >> shift_) - 1;
     *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
   }
-  // Encodes four vectors and returns the exponents, halved, of what will be decoded.
-  EBBTIDE_INLINE void encode(int i, uint32_t word, UintLanes* halved) {
-    IntLanes lifted[4];  // codes from the base on
-    const int32_t lowest = int32_t(base_ + 1);
-    for (int k = 0; k < 4; ++k) {
-      const UintLanes bits = bits_[i + k];
-      const UintLanes dither = words_at((i + k) * kLanes, word) >> (32 - shift_);
-      const IntLanes rounded = (IntLanes)((bits + dither) >> shift_);
-      lifted[k] = where(nonzero(bits), rounded > lowest ? rounded : lowest);
-      halved[k] = ((UintLanes)lifted[k] << (shift_ - 1)) & 0x7F800000u;
-    }
-    store_above(codes_ + i * kLanes, lifted, base_);
+  // Encodes, and returns the exponents, halved, of what will be decoded.
+  template <bool kOrdinary>
+  EBBTIDE_INLINE WideBits encode(int j, const WideBits& words) {
+    IntLanes codes[kAbreast];  // from the base on
+    const UintLanes lowest = splat_bits((base_ + 1) << shift_);
+    const WideBits halved = each_from(j, [&](int i) {
+      const int k = (i - j) / kLanes;
+      const UintLanes bits = load<UintLanes>(bits_ + i);
+      const UintLanes kept = larger(bits + (words.of[k] >> (32 - shift_)), lowest);
+      const IntLanes code = (IntLanes)(kept >> shift_);
+      codes[k] = kOrdinary ? code : where(nonzero(bits), code);
+      return (kept >> 1) & 0x7F800000u;
+    });
+    store_above(codes_ + j, codes, base_);
+    return halved;
   }
-  void replace(const uint32_t* bits, const bool* moving) {
-    Running running{};
-    for (int j = 0; j < kBlock; j += kLanes) {
-      UintLanes moves;
-      for (int i = 0; i < kLanes; ++i) moves[i] = moving[j + i];
-      const UintLanes here = load<UintLanes>(bits + j);
-      put(j, running, here, nonzero(here), nonzero(moves));
+  uint32_t* bits() { return bits_; }
+  // Gathers anew: elements that count as zero become zero, and what rests counts within kDormant of
+  // the largest only. `moving` has lanes that are not zero.
+  void gather(const UintLanes* moving) {
+    UintLanes highest{}, lowest = ~UintLanes{}, lowest_moving = lowest;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const UintLanes found = load<UintLanes>(bits_ + i);
+      const Mask alive = above((IntLanes)found, kSmallest - 1);
+      const UintLanes bits = where(alive, found);
+      store(bits_ + i, bits);
+      highest = larger(highest, bits);
+      lowest = smaller(alive, lowest, bits);
+      lowest_moving = smaller(nonzero(where(alive, moving[i / kLanes])), lowest_moving, bits);
     }
-    settle(running);
+    highest_ = largest(highest);
+    const uint32_t floor = highest_ - std::min(highest_, kDormant);
+    lowest_ = std::min({smallest(lowest_moving), std::max(smallest(lowest), floor), highest_});
   }
 
  private:
   uint8_t* codes_;
   uint16_t* window_;
   int shift_;
-  uint32_t base_;
-  UintLanes bits_[kVectors];
-  UintLanes highest_, lowest_, lowest_moving_;
+  uint32_t base_, highest_, lowest_;
+  alignas(64) uint32_t bits_[kBlock];
 };
 
 // Both moments in eight bits, and the maximum of the second where kCount is 3 (AMSGrad).
@@ -143,120 +156,139 @@ template <int kCount>
 class Moments8 {
  public:
   static constexpr int kState = kCount;
-  int8_t* codes;
-  float* scale;
-  Window8 second[kCount - 1];
   struct Running {
     float factor;
     Window8::Running second[kCount - 1];
-    UintLanes largest{};
+    UintLanes largest{}, least = ~UintLanes{};  // of |m/S|
   };
 
+  void place(const Field* state, char* const* at, int64_t block) {
+    codes_ = reinterpret_cast<int8_t*>(at[0]);
+    scale_ = static_cast<float*>(state[0].scale) + block;
+    for (int k = 1; k < kCount; ++k) second_[k - 1].place(at[k], state[k].scale, block);
+  }
   EBBTIDE_INLINE Running open() const {
-    Running running{*scale * 0x1p64f, {}};
-    for (int k = 0; k < kCount - 1; ++k) running.second[k] = second[k].open();
+    Running running{*scale_ * 0x1p64f, {}};
+    for (int k = 0; k < kCount - 1; ++k) running.second[k] = second_[k].open();
     return running;
   }
-  EBBTIDE_INLINE void get(int j, const Running& running, Lanes* state) const {
-    const UintLanes bits = second[0].get(j, running.second[0]);
-    const Lanes code = to_float(load_wide(codes + j));
-    const Lanes magnitude = from_bits(to_bits(code) & 0x7FFFFFFFu);
-    state[0] = code * magnitude * running.factor * from_bits((bits >> 1) & 0x7F800000u);
-    state[1] = from_bits(bits);
-    if constexpr (kCount == 3) state[2] = from_bits(second[1].get(j, running.second[1]));
+  EBBTIDE_INLINE void get(int j, const Running& running, Wide* state) const {
+    const WideBits bits = second_[0].get(j, running.second[0]);
+    const Wide code = each_from(j, [&](int i) { return to_float(load_wide(codes_ + i)); });
+    state[0] = each(
+        [&](Lanes q, UintLanes v) {
+          return q * magnitude(q) * running.factor * from_bits((v >> 1) & 0x7F800000u);
+        },
+        code, bits);
+    state[1] = floats(bits);
+    if constexpr (kCount == 3) state[2] = floats(second_[1].get(j, running.second[1]));
   }
-  EBBTIDE_INLINE void put(int j, Running& running, const Lanes* state, uint32_t) {
-    const Mask alive = lives(state[1]);
-    const UintLanes bits = where(alive, to_bits(state[1]));
-    const Lanes first = where(alive, state[0]);
-    const Lanes ratio = first * from_bits(inverse_unit(bits));
-    first_[j / kLanes] = first;
-    running.largest = larger(running.largest, to_bits(ratio) & 0x7FFFFFFFu);
-    const Mask moving = nonzero(ratio);
-    second[0].put(j, running.second[0], bits, alive, moving);
-    if constexpr (kCount == 3) {
-      const Mask most_alive = lives(state[2]);
-      const UintLanes most = where(most_alive, to_bits(state[2]));
-      second[1].put(j, running.second[1], most, most_alive, moving);
+  EBBTIDE_INLINE void put(int j, Running& running, const Wide* state, uint32_t) {
+    store(first_ + j, state[0]);
+    for (int k = 0; k < kAbreast; ++k) {
+      const UintLanes unit = inverse_unit(to_bits(state[1].of[k]));
+      const UintLanes ratio = to_bits(magnitude(state[0].of[k] * from_bits(unit)));
+      running.largest = larger(running.largest, ratio);
+      running.least = smaller(running.least, ratio);
+    }
+    for (int k = 1; k < kCount; ++k) {
+      second_[k - 1].put(j, running.second[k - 1],
+                         each([](Lanes v) { return to_bits(v); }, state[k]));
     }
   }
   EBBTIDE_INLINE void prefetch() const {
-    prefetch_block(codes);
-    for (const Window8& window : second) window.prefetch();
+    prefetch_block(codes_);
+    for (const Window8& window : second_) window.prefetch();
   }
   EBBTIDE_INLINE void settle(const Running& running) {
-    largest_ = running.largest;
-    for (int k = 0; k < kCount - 1; ++k) second[k].settle(running.second[k]);
+    ordinary_ = all(nonzero(running.least));
+    for (int k = 0; k < kCount - 1; ++k) {
+      const auto& window = running.second[k];
+      const Maxima found = maxima(window.highest, ~window.lowest, running.largest);
+      second_[k].settle(found.a, ~found.b);
+      ordinary_ &= second_[k].lives() && second_[k].holds();
+      largest_ = found.c;
+    }
+    ordinary_ &= largest_ < kMostRatio;
   }
-  // Chooses scale and window of what has been put.
+  // Chooses scale and windows of what has been put.
   EBBTIDE_INLINE void choose() {
-    bool holds = largest(largest_) < kMostRatio;
-    for (const Window8& window : second) holds &= window.holds();
-    if (!holds) [[unlikely]]
-      forget();
-    for (Window8& window : second) window.choose();
-    const float largest_ratio = from_bits(largest(largest_));
+    if (!ordinary_) [[unlikely]]
+      tell_apart();
+    for (Window8& window : second_) window.choose();
+    const float largest_ratio = from_bits(largest_);
     const bool any_first = largest_ratio >= 0x1p-60f;
-    *scale = any_first ? largest_ratio / 16129.0f : 0.0f;
+    *scale_ = any_first ? largest_ratio / 16129.0f : 0.0f;
     inverse_ = any_first ? 16128.9f / largest_ratio * 0x1p32f : 0.0f;
   }
   EBBTIDE_INLINE void encode(uint32_t word) {
-    for (int i = 0; i < kVectors; i += 4) {
-      UintLanes halved[4];
-      IntLanes encoded[4];
-      second[0].encode(i, word, halved);
-      for (int k = 0; k < 4; ++k) {
-        const UintLanes ratio = to_bits(first_[i + k] * from_bits(0x5F000000u - halved[k]));
-        const Lanes root = sqrt(from_bits(ratio & 0x7FFFFFFFu) * inverse_);
-        const Lanes code = from_bits(to_bits(root) | (ratio & 0x80000000u));
-        const IntLanes dither = (IntLanes)(words_at((i + k) * kLanes, word) & 0xFFFFu);
-        encoded[k] = truncate(code) + dither;
-      }
-      store_upper(codes + i * kLanes, encoded);
-      if constexpr (kCount == 3) second[1].encode(i, word, halved);
+    if (ordinary_) [[likely]] {
+      encode_as<true>(word);
+    } else {
+      encode_as<false>(word);
     }
   }
 
  private:
-  // Where a second moment does not count as zero.
-  EBBTIDE_INLINE static Mask lives(Lanes x) { return above((IntLanes)to_bits(x), kSmallest - 1); }
-
-  // What eight bits cannot hold is set to zero: it must not spoil the rest of the block.
-  [[gnu::noinline, gnu::cold]] void forget() {
-    float first[kBlock];
-    uint32_t bits[kCount - 1][kBlock];
-    bool moving[kBlock];
-    for (int i = 0; i < kVectors; ++i) {
-      store(first + i * kLanes, first_[i]);
-      for (int k = 0; k < kCount - 1; ++k) store(bits[k] + i * kLanes, second[k].bits(i));
+  EBBTIDE_INLINE static Wide floats(const WideBits& bits) {
+    return each([](UintLanes x) { return from_bits(x); }, bits);
+  }
+  template <bool kOrdinary>
+  EBBTIDE_INLINE void encode_as(uint32_t word) {
+    for (int j = 0; j < kBlock; j += kWide) {
+      const WideBits words = words_at(j, word);
+      const WideBits halved = second_[0].template encode<kOrdinary>(j, words);
+      IntLanes codes[kAbreast];
+      for (int k = 0; k < kAbreast; ++k) {
+        const Lanes first = load<Lanes>(first_ + j + k * kLanes);
+        const UintLanes ratio = to_bits(first * from_bits(0x5F000000u - halved.of[k]));
+        const Lanes root = sqrt(magnitude(from_bits(ratio)) * inverse_);
+        const Lanes signed_root = from_bits(to_bits(root) | (ratio & 0x80000000u));
+        codes[k] = truncate(signed_root) + (IntLanes)(words.of[k] & 0xFFFFu);
+      }
+      store_upper(codes_ + j, codes);
+      if constexpr (kCount == 3) second_[1].template encode<kOrdinary>(j, words);
     }
-    largest_ = UintLanes{};
-    for (int j = 0; j < kBlock; ++j) {
-      uint32_t ratio = 0;
-      bool keeps = true;
-      for (int k = 0; k < kCount - 1; ++k) {
-        keeps &= bits[k][j] < 0x7F800000u;
-        bits[k][j] = std::min(bits[k][j], kLargest);
-      }
-      if (bits[0][j] != 0) {
-        ratio = to_bits(first[j] * from_bits(inverse_unit(bits[0][j]))) & 0x7FFFFFFFu;
-      }
-      keeps &= ratio < kMostRatio;
-      if (!keeps) {
-        for (int k = 0; k < kCount - 1; ++k) bits[k][j] = 0;
-        first[j] = 0;
-        ratio = 0;
-      }
-      moving[j] = ratio != 0;
-      largest_[0] = std::max(uint32_t(largest_[0]), ratio);
-    }
-    for (int i = 0; i < kVectors; ++i) first_[i] = load<Lanes>(first + i * kLanes);
-    for (int k = 0; k < kCount - 1; ++k) second[k].replace(bits[k], moving);
   }
 
-  Lanes first_[kVectors];
-  UintLanes largest_;
+  // A block with elements that count as zero, that rest or cannot be held.
+  [[gnu::noinline]] void tell_apart() {
+    bool holds = largest_ < kMostRatio;
+    for (const Window8& window : second_) holds &= window.holds();
+    if (!holds) [[unlikely]]
+      forget();
+    UintLanes most{}, ratios[kVectors];
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const UintLanes bits = load<UintLanes>(second_[0].bits() + i);
+      const Lanes first = where(above((IntLanes)bits, kSmallest - 1), load<Lanes>(first_ + i));
+      const UintLanes ratio = to_bits(magnitude(first * from_bits(inverse_unit(bits))));
+      store(first_ + i, first);
+      most = larger(most, ratio);
+      ratios[i / kLanes] = ratio;
+    }
+    largest_ = largest(most);
+    for (Window8& window : second_) window.gather(ratios);
+  }
+  // Sets to zero what eight bits cannot hold: it must not spoil the rest of the block.
+  [[gnu::noinline, gnu::cold]] void forget() {
+    for (int i = 0; i < kBlock; ++i) {
+      const uint32_t unit = inverse_unit(second_[0].bits()[i]);
+      bool keeps = (to_bits(first_[i] * from_bits(unit)) & 0x7FFFFFFFu) < kMostRatio;
+      for (Window8& window : second_) keeps &= window.bits()[i] < 0x7F800000u;
+      for (Window8& window : second_) {
+        window.bits()[i] = keeps ? std::min(window.bits()[i], kLargest) : 0;
+      }
+      if (!keeps) first_[i] = 0;
+    }
+  }
+
+  int8_t* codes_;
+  float* scale_;
+  Window8 second_[kCount - 1];
+  bool ordinary_;  // every element can be held, lives and moves
+  uint32_t largest_;
   float inverse_;
+  alignas(64) float first_[kBlock];
 };
 
 }  // namespace

@@ -109,24 +109,15 @@ int64_t update_any(const Row& row, const StepScalars& scalars, bool guard, int64
   const auto param = [&](char* const* at) {
     return AnyStream{at[0], row.param.format, row.stochastic, at[2], row.residual_bits};
   };
-  const auto any = [](char* at, const Field& field, bool stochastic) {
-    return AnyStream{at, field.format, stochastic};
-  };
+  const auto grad = [&](char* const* at) { return AnyStream{at[1], row.grad.format, false}; };
   if constexpr (R::kState >= 2) {
     if (row.state[0].format == Format::kSigned8) {
-      return step_blocks<R, false>(row, scalars, guard, begin, end,
-                                   [&](char* const* at, int64_t block) {
-                                     return std::tuple(param(at), any(at[1], row.grad, false),
-                                                       moments8<R::kState>(row, at, block));
-                                   });
+      return step_blocks<R, false, Moments8<R::kState>>(row, scalars, guard, begin, end, param,
+                                                        grad);
     }
   }
-  return step_blocks<R, false>(row, scalars, guard, begin, end, [&](char* const* at, int64_t) {
-    Elementwise<AnyStream, AnyStream, R::kState> state;
-    if constexpr (R::kState > 0) state.first = any(at[3], row.state[0], false);
-    for (int k = 1; k < R::kState; ++k) state.second[k - 1] = any(at[3 + k], row.state[k], true);
-    return std::tuple(param(at), any(at[1], row.grad, false), state);
-  });
+  using State = Elementwise<AnyStream, AnyStream, R::kState>;
+  return step_blocks<R, false, State>(row, scalars, guard, begin, end, param, grad);
 }
 
 // The streams of the usual formats: everything is known when this is compiled.
@@ -136,27 +127,14 @@ int64_t update_usual(const Row& row, const StepScalars& scalars, bool guard, int
   const auto grad_at = [](char* const* at) {
     return Grad{reinterpret_cast<decltype(Grad::at)>(at[1])};
   };
-  const auto blocks = [&](const auto& streams) {
-    return step_blocks<Adam, kPlain>(row, scalars, guard, begin, end, streams);
+  const auto blocks = [&]<class State>(std::type_identity<State>) {
+    return step_blocks<Adam, kPlain, State>(row, scalars, guard, begin, end, param_at, grad_at);
   };
-  if (row.state[0].format == Format::kSigned8) {
-    return blocks([&](char* const* at, int64_t block) {
-      return std::tuple(param_at(at), grad_at(at), moments8<2>(row, at, block));
-    });
-  }
+  if (row.state[0].format == Format::kSigned8) return blocks(std::type_identity<Moments8<2>>());
   if (row.state[0].format == Format::kBF16) {
-    return blocks([&](char* const* at, int64_t) {
-      return std::tuple(
-          param_at(at), grad_at(at),
-          Elementwise<BFloatStream<false>, BFloatStream<true>, 2>{
-              {reinterpret_cast<uint16_t*>(at[3])}, {{reinterpret_cast<uint16_t*>(at[4])}}});
-    });
+    return blocks(std::type_identity<Elementwise<BFloatStream<false>, BFloatStream<true>, 2>>());
   }
-  return blocks([&](char* const* at, int64_t) {
-    return std::tuple(param_at(at), grad_at(at),
-                      Elementwise<FloatStream, FloatStream, 2>{
-                          {reinterpret_cast<float*>(at[3])}, {{reinterpret_cast<float*>(at[4])}}});
-  });
+  return blocks(std::type_identity<Elementwise<FloatStream, FloatStream, 2>>());
 }
 
 // Blocks whose formats are not float: decode, update, encode.
@@ -178,8 +156,12 @@ int64_t update_coded(const Row& row, const StepScalars& scalars, bool guard, int
                      FloatStream{});
       }
       if (row.param.format == Format::kBF16) {
-        if (row.residual_bits == 8) return usual(split_at<8>, BFloatStream<false>{});
-        if (row.residual_bits == 16) return usual(split_at<16>, BFloatStream<false>{});
+        if (row.residual_bits == 8) {
+          return usual([](char* const* at) { return split_at<8>(at); }, BFloatStream<false>{});
+        }
+        if (row.residual_bits == 16) {
+          return usual([](char* const* at) { return split_at<16>(at); }, BFloatStream<false>{});
+        }
         if (row.stochastic) {
           return usual(
               [](char* const* at) {

@@ -1,10 +1,10 @@
 // The update rules on one element, in the order of src/ebbtide/reference.py.
 //
-// V is the type of the arithmetic: double, float, or a vector of float lanes; S is the type of the
-// scalars. `madd` and `sqrt` are the only primitives (lanes.h); `c ? a : b` selects by element when
-// c is a comparison of vectors. Where float kernels contract (madd), they do so exactly where
-// torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never contracts
-// and the result equals reference.py bit for bit. Build with -ffp-contract=off.
+// V is the type of the arithmetic: double, float, lanes of float, or several vectors of them
+// abreast; S is the type of the scalars. `madd`, `sqrt` and `pick`, which chooses by element, are
+// the only primitives (lanes.h, abreast.h). Where float kernels contract (madd), they do so exactly
+// where torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never
+// contracts and the result equals reference.py bit for bit. Build with -ffp-contract=off.
 //
 // Each rule returns a witness that is finite if and only if the new state is: the kernel
 // leaves elements with a non-finite witness as they were.
@@ -45,7 +45,7 @@ struct Scalars {
 template <typename V, typename S, bool kPlain>
 EBBTIDE_INLINE V decayed(V param, V update, const Scalars<S, kPlain>& s) {
   const V kept = param * s.keep;
-  if (s.is_cautious()) return update * param < splat<V>(S(0)) ? param : kept;
+  if (s.is_cautious()) return pick(update * param < splat<V>(S(0)), param, kept);
   return kept;
 }
 
@@ -64,13 +64,13 @@ EBBTIDE_INLINE V adam(V& param, V grad, V& exp_avg, V& exp_avg_sq, V* max_exp_av
   exp_avg_sq = madd(s.one_minus_beta2 * grad, grad, s.beta2 * exp_avg_sq);
   V second_moment = exp_avg_sq;
   if (max_exp_avg_sq != nullptr) {
-    second_moment = *max_exp_avg_sq < exp_avg_sq ? exp_avg_sq : *max_exp_avg_sq;
+    second_moment = pick(*max_exp_avg_sq < exp_avg_sq, exp_avg_sq, *max_exp_avg_sq);
     *max_exp_avg_sq = second_moment;
   }
   const V denom = sqrt(second_moment) / s.sqrt_bias_correction2 + s.eps;
   const V zero = splat<V>(S(0));
   const V quotient = s.step_size * exp_avg / denom;
-  const V update = s.may_divide_by_zero() ? (denom == zero ? zero : quotient) : quotient;
+  const V update = s.may_divide_by_zero() ? pick(denom == zero, zero, quotient) : quotient;
   param = decayed(param, update, s) - update;
   return exp_avg_sq;
 }
