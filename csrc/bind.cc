@@ -79,9 +79,10 @@ struct BoundTable : Table {
 
 // One row from a plan.Row; `param` and `state` are the objects to watch, `key` finds the state.
 void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb::object state,
-         nb::object key) {
+         nb::object key, bool elsewhere) {
   Entry e;
   e.group = group;
+  e.elsewhere = elsewhere;
   e.param = param.inc_ref().ptr();
   if (!row.is_none()) {
     Row& r = e.row;
@@ -97,14 +98,17 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     r.lead = nb::cast<int64_t>(row.attr("lead"));
     r.first_block = nb::cast<int64_t>(row.attr("first_block"));
     r.salt = nb::cast<uint64_t>(row.attr("salt"));
-    e.step = reinterpret_cast<void*>(nb::cast<uintptr_t>(row.attr("step_address")));
+    if (!nb::cast<bool>(row.attr("counts_on_device")))
+      e.step = reinterpret_cast<void*>(nb::cast<uintptr_t>(row.attr("step_address")));
     e.step_is_double = nb::cast<bool>(row.attr("step_is_double"));
     e.count = nb::cast<int64_t>(row.attr("count"));
+    e.next = e.next_step();
     e.local = nb::cast<bool>(row.attr("local"));
     e.lazy_grad = nb::cast<bool>(row.attr("lazy_grad"));
     for (nb::handle extent : row.attr("extents"))
       e.layout.extents.push_back(nb::cast<int64_t>(extent));
     e.layout.format = r.param.format;
+    table.take_device(e);
     e.active = e.reported = true;
     nb::dict watched = nb::cast<nb::dict>(state);
     e.state = watched.inc_ref().ptr();
@@ -202,6 +206,25 @@ nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads, n
   return nb::float_(total);
 }
 
+// For a backend that has rows of its own: kStale, also where others have a gradient than before or
+// a count was changed, or else whether a gradient has moved. `to` is the address of as many int64
+// as there are rows.
+int64_t gradients(BoundTable& table, nb::handle groups, nb::handle states, uintptr_t to) {
+  const NoCollection off;
+  const Busy busy(table.busy);
+  if (!refresh(table, groups, nb::none(), states)) return Table::kStale;
+  const bool holds = !table.changed() && table.counts_hold();
+  const int64_t result =
+      holds ? int64_t(table.grads(reinterpret_cast<int64_t*>(to))) : int64_t(Table::kStale);
+  table.release_grads();
+  return result;
+}
+
+// In which order `gradients` writes: the entry of each place.
+void place(BoundTable& table, const std::vector<size_t>& order) {
+  for (size_t k = 0; k < order.size(); ++k) table.entries.at(order[k]).place = int64_t(k);
+}
+
 std::vector<std::pair<int32_t, int64_t>> needed(const BoundTable& table) {
   std::vector<std::pair<int32_t, int64_t>> keys;
   for (const Entry& e : table.entries) {
@@ -261,12 +284,15 @@ NB_MODULE(_core, m) {
           },
           nb::arg("rule"), nb::arg("exchange_api").none())
       .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
-           nb::arg("state").none(), nb::arg("key"))
+           nb::arg("state").none(), nb::arg("key"), nb::arg("elsewhere") = false)
       .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
       .def("step", &step, nb::arg("groups").none(), nb::arg("grads").none(), nb::arg("states"),
            nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
       .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none(),
            nb::arg("states").none())
+      .def("gradients", &gradients, nb::arg("groups"), nb::arg("states"), nb::arg("to"))
+      .def("place", &place, nb::arg("order"))
+      .def("advance", &Table::advance)
       .def("stepped",
            [](BoundTable& table) {
              PyObject* list = table.stepped();

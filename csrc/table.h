@@ -31,8 +31,11 @@ struct Entry {
   bool local = false;      // a DTensor: the row is its `_local_tensor`
   bool lazy_grad = false;  // its gradient may be a lazy conjugate or negative
   int64_t count = 0;       // steps taken, where the state holds no count
+  int64_t next = 0;        // the step that a GPU takes next, if its count is left alone
   int32_t group = 0;
   int32_t bucket = 0;
+  int64_t place = 0;       // of its gradient's address in what `grads` fills
+  bool elsewhere = false;  // another table steps it
   bool active = false;
   bool reported = false;  // active when `stepped` was last asked
   int64_t untouched = 0;
@@ -109,6 +112,13 @@ class Table {
     elements_watched_ += e.row.numel;
   }
 
+  // Takes the device of an entry's parameter; the plan knows the rest of its layout.
+  void take_device(Entry& e) {
+    void* data = nullptr;
+    if (read(e, e.param, data)) e.layout.device = scratch_.device;
+    PyErr_Clear();
+  }
+
   // Checks every parameter, state and gradient against the table and takes the gradients'
   // addresses. `groups` is a list of lists of parameters; `grads` a list aligned with them, or null
   // to read
@@ -173,6 +183,35 @@ class Table {
     return total;
   }
 
+  // Writes where the gradients lie, each to its place; whether any lies elsewhere than `to` said.
+  bool grads(int64_t* to) const {
+    bool moved = false;
+    for (const Entry& e : entries) {
+      if (!e.active) continue;
+      const int64_t at = reinterpret_cast<int64_t>(e.row.grad.data);
+      moved |= to[e.place] != at;
+      to[e.place] = at;
+    }
+    return moved;
+  }
+
+  // Whether all counts are as `advance` has left them.
+  bool counts_hold() const {
+    for (const Entry& e : entries) {
+      if (e.active && e.step != nullptr && e.next_step() != e.next) return false;
+    }
+    return true;
+  }
+
+  // Counts a step that a GPU takes.
+  void advance() {
+    for (Entry& e : entries) {
+      if (!e.active) continue;
+      e.advance();
+      e.next = e.next_step();
+    }
+  }
+
   // Whether other parameters have a gradient than when `stepped` was last asked.
   bool changed() const { return changed_; }
 
@@ -193,6 +232,7 @@ class Table {
 
  private:
   bool refresh(Entry& e, PyObject* given, PyObject* states, bool addresses) {
+    if (e.elsewhere) return true;
     PyObject* grad = given != nullptr ? Py_NewRef(given) : PyObject_GetAttr(e.param, grad_name_);
     if (grad == nullptr) {
       PyErr_Clear();
@@ -215,7 +255,7 @@ class Table {
     const uint64_t ones = scratch_.ones;
     if (!reader_.is_plain(grad, e.lazy_grad) || !read(e, grad, data)) return false;
     if (scratch_.format != e.row.grad.format || scratch_.extents != e.layout.extents) return false;
-    if (scratch_.ones != ones) return false;
+    if (scratch_.device != e.layout.device || scratch_.ones != ones) return false;
     e.row.grad.data = data;
     e.active = true;
     return true;

@@ -39,11 +39,12 @@ struct DLPackExchangeAPI {
 // nothing.
 struct Layout {
   Format format = Format::kF32;
+  int64_t device = 0;            // as DLPack numbers it
   std::vector<int64_t> extents;  // shape, stride, shape, stride, ...
   uint64_t ones = 0;             // which dimensions were left out, and how many there are in all
 
   bool operator==(const Layout& other) const {
-    return format == other.format && extents == other.extents;
+    return format == other.format && device == other.device && extents == other.extents;
   }
 };
 
@@ -92,7 +93,7 @@ class TensorReader {
   }
 
   // Reads address and layout; false (with no Python error set) where the object is not a plain
-  // tensor in this machine's memory.
+  // tensor in the memory of this machine or of a GPU.
   bool read(PyObject* object, void*& data, Layout& layout) const {
     const bool ok =
         api_ != nullptr ? read_torch(object, data, layout) : read_buffer(object, data, layout);
@@ -118,9 +119,10 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
-    constexpr int32_t kCpu = 1;
+    constexpr int32_t kCpu = 1, kCuda = 2;
     constexpr uint8_t kFloat = 2, kBFloat = 4, kComplex = 5;
-    if (t.device.type != kCpu || t.dtype.lanes != 1) return false;
+    if ((t.device.type != kCpu && t.device.type != kCuda) || t.dtype.lanes != 1) return false;
+    layout.device = int64_t(t.device.type) << 32 | t.device.id;
     int complex = 0, bits = t.dtype.bits;
     if (t.dtype.code == kComplex) {
       complex = 1;

@@ -11,8 +11,9 @@ import torch
 
 import ebbtide.torch
 import ebbtide.torch.base
-import ebbtide.torch.watch
+import ebbtide.torch.rows
 from ebbtide.backends.triton import tables
+from ebbtide.backends.triton.launching import Launcher
 from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import TRITON_DEVICE_SCALARS
 
@@ -45,6 +46,16 @@ def refuse_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ebbtide.torch.base, "Planner", refuse)
 
 
+def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by 1 with each new plan."""
+    planned: list[int] = []
+    planner = ebbtide.torch.base.Planner
+    monkeypatch.setattr(
+        ebbtide.torch.base, "Planner", lambda *words: planned.append(1) or planner(*words)
+    )
+    return planned
+
+
 # Launches, and what is remembered.
 
 
@@ -58,6 +69,33 @@ def test_each_dtype_takes_one_launch_however_many_tensors(device: str) -> None:
             param.grad = torch.ones_like(param)
         run.optimizer.step()
     assert run.backend.launches == 6
+
+
+def test_a_binary_is_launched_again_without_triton_looking_at_the_arguments() -> None:
+    calls: list[Any] = []
+
+    class Binary:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments: calls.append(("binary", grid, arguments))
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            def compile_and_launch(*arguments: Any, **words: Any) -> Binary:
+                calls.append(("kernel", grid, arguments, words))
+                return Binary()
+
+            return compile_and_launch
+
+    launcher, kernel = Launcher(), Kernel()
+    for programs, key in ((5, "a"), (7, "a"), (7, "b")):
+        launcher.launch(kernel, programs, (1, 2), {"SIZE": 3}, warps=4, key=key)
+    words = {"SIZE": 3, "num_warps": 4, "enable_fp_fusion": False}
+    assert calls == [
+        ("kernel", (5,), (1, 2), words),
+        ("binary", (7, 1, 1), (1, 2, 3)),
+        ("kernel", (7,), (1, 2), words),
+    ]
+    assert launcher.launches == 3
 
 
 def test_a_plan_is_remembered_while_nothing_moves(
@@ -86,7 +124,13 @@ def test_tables_are_sent_again_only_where_something_moved(
         sent.append(slot)
         return send(self, slot, parts)
 
+    def written(self: Any, numbers: Any) -> Any:
+        sent.append("scalars")
+        return write(self, numbers)
+
+    write = tables._Page.written
     monkeypatch.setattr(tables.Uploader, "send", noted)
+    monkeypatch.setattr(tables._Page, "written", written)  # what goes to a GPU in every step
     run = run_of(device)
     run.grads()
     for _ in range(3):
@@ -153,10 +197,9 @@ def test_what_moves_is_noticed(what: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("arrays", ["all", "one"])
-def test_state_that_moves_in_a_large_optimizer_is_noticed_in_its_turn(
+def test_small_state_that_is_given_other_memory_is_noticed_in_its_turn(
     arrays: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ebbtide.torch.watch, "_AT_ONCE", 2)
     run = run_of(device).step(2)
     moved = [
         value
@@ -166,15 +209,54 @@ def test_state_that_moves_in_a_large_optimizer_is_noticed_in_its_turn(
     ]
     for value in moved:
         value.data = value.clone()
-    planned = []
-    planner = ebbtide.torch.base.Planner
-    monkeypatch.setattr(
-        ebbtide.torch.base, "Planner", lambda *words: planned.append(1) or planner(*words)
-    )
-    turns = len([v for state in run.optimizer.state.values() for v in state.values()]) // 2
-    for _ in range(1 if arrays == "all" else turns):
+    planned = note_plans(monkeypatch)
+    for _ in range(1 if arrays == "all" else len(SHAPES)):
         run.step()
     assert planned == [1]
+
+
+def test_a_count_that_is_set_by_hand_is_noticed(device: str) -> None:
+    def run(where: str) -> Run:
+        found = run_of(where).step(2)
+        found.optimizer.state[found.params[0]]["step"].fill_(100)
+        return found.step(2)
+
+    ours = run(device)
+    with by_the_core():
+        theirs = run(INTERPRETER)
+    assert_same_bits(ours.numbers(), theirs.numbers())
+
+
+def test_a_gpu_and_the_cpu_both_remember_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is left the matrix alone; another parameter rests in the fifth step."""
+
+    def run(planned: list[int]) -> Run:
+        found = run_of(INTERPRETER)
+        for step in range(5):
+            found.grads()
+            if step == 4:
+                found.params[1].grad = None
+            if step == 1:
+                planned.clear()
+            found.optimizer.step()
+        return found
+
+    with on(INTERPRETER):
+        with by_the_core():
+            theirs = run([])
+        monkeypatch.setattr(
+            ebbtide.torch.rows, "launches", lambda param, grad, group: param.ndim == 2
+        )
+        planned = note_plans(monkeypatch)
+        ours = run(planned)
+        assert planned == []
+        versions = [param._version for param in ours.params]
+        ours.step()
+        risen = [p._version - old for p, old in zip(ours.params, versions, strict=True)]
+        assert risen == [1, 1, 1]
+        theirs.step()
+    assert_same_bits(ours.numbers(), theirs.numbers())
+    assert ours.backend.launches == 6
 
 
 def test_a_gradient_that_comes_late_starts_its_own_count(device: str) -> None:

@@ -134,12 +134,14 @@ class Plan:
         entries: (parameter, group index, row or `None` without a gradient, its state dict).
         cacheable: Whether the rows stay true while nothing moves; not so for staged copies.
         regions: The memory that the step writes in the end, where that is not the rows' own.
+        elsewhere: Entries whose rows are in another plan.
     """
 
     rule: Rule
     entries: list[tuple[Any, int, Row | None, dict[str, Any] | None]] = field(default_factory=list)
     cacheable: bool = True
     regions: list[Region] = field(default_factory=list)
+    elsewhere: set[int] = field(default_factory=set)
 
     def rows(self) -> Iterable[tuple[int, int, Row]]:
         """Yield (entry, group, row) of the parameters that have a gradient."""

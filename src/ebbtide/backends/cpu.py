@@ -21,7 +21,7 @@ try:
 except ImportError:  # installed where no compiler was found
     _core = None  # type: ignore[assignment]
 
-__all__ = ["CompiledBackend", "available", "describe", "memory_stream", "one_thread"]
+__all__ = ["CompiledBackend", "available", "describe", "memory_stream", "one_thread", "table_of"]
 
 _RULES = {"adam": 0, "sgd": 1}
 
@@ -80,6 +80,22 @@ def memory_stream(elements: int, repeats: int) -> float:
     return float(_core.memory_stream(elements, repeats))
 
 
+def table_of(plan: Plan, exchange_api: object | None) -> Any:
+    """Make the core's table of a plan, which tells whether the plan still holds.
+
+    Args:
+        plan: Its rows may lie on a GPU, where another backend steps them.
+        exchange_api: As in `CompiledBackend`.
+    """
+    table = _core.Table(_RULES[plan.rule.name], exchange_api)
+    for entry, (param, group, row, state) in enumerate(plan.entries):
+        # NumPy arrays cannot be hashed: their state is kept under their names.
+        by_name = exchange_api is None and row is not None
+        name = row.name if by_name and row else param
+        table.add(param, group, row, state, name, entry in plan.elsewhere)
+    return table
+
+
 class CompiledBackend:
     """Runs plans in the compiled core and remembers the last one.
 
@@ -108,12 +124,7 @@ class CompiledBackend:
     def load(self, plan: Plan) -> list[tuple[int, int]]:
         """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
         plan.check_formats()
-        table = _core.Table(_RULES[plan.rule.name], self._exchange_api)
-        for param, group, row, state in plan.entries:
-            # NumPy arrays cannot be hashed: their state is kept under their names.
-            by_name = self._exchange_api is None and row is not None
-            table.add(param, group, row, state, row.name if by_name and row else param)
-        self._table = table
+        self._table = table = table_of(plan, self._exchange_api)
         counted = {row.step_address != 0 for _, _, row in plan.rows()}
         self._counts = "some" if len(counted) == 2 else "all" if True in counted else "none"
         self._buckets = table.needed()

@@ -181,7 +181,7 @@ class Optimizer(Persistent):
     def _rerun(self) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
         backend = self._backend
-        if not backend.buckets:
+        if not backend.buckets or self._devices.active:
             return None
         buckets = self._buckets(backend.buckets)
         if not backend.buckets:  # a group has changed so much that the plan was forgotten
@@ -230,8 +230,10 @@ class Optimizer(Persistent):
             self._planning = False
 
     def _plan_and_run(self) -> Outcome:
-        if self._devices.rerun(self):
-            return self._launched()
+        again = self._devices.rerun(self)
+        if again is not None:
+            again.untouched.extend(self._launched().untouched)
+            return again
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
         planner = Planner(self._rule, self.state, decides(self))
         for index, group in enumerate(self.param_groups):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ebbtide.plan import Plan, nonfinite_message
+from ebbtide.backends.cpu import available
+from ebbtide.plan import Outcome, Plan, nonfinite_message
 from ebbtide.torch.agreement import Agreement, Ranks
 from ebbtide.torch.ranks import layouts_of
 from ebbtide.torch.rows import Planner
@@ -33,13 +34,14 @@ class Devices:
     Attributes:
         backend: `None` until there is such a row.
         question: What the GPUs decide of the step that is being taken, `None` if nothing.
+        active: Whether they take part in the plan that was made last.
         alone: Whether they take all of it.
     """
 
     def __init__(self) -> None:
         self.backend: TritonBackend | None = None
         self.question: Question | None = None
-        self.alone = False
+        self.active = self.alone = False
         self._alarmed = False  # when the last step began
         self._watch: Watch | None = None
         self._ranks: Ranks | None = None
@@ -57,7 +59,8 @@ class Devices:
         spread in more than one way.
         """
         on_host = planner.tensors or any(planner.plan.rows())
-        self.alone = not on_host and any(planner.launched.rows())
+        self.active = any(planner.launched.rows())
+        self.alone = self.active and not on_host
         self.question = None
         layouts = layouts_of(entry[0] for entry in planner.launched.entries)
         if self.alone and len(layouts) == 1:
@@ -81,26 +84,40 @@ class Devices:
         self.backend.load(plan)
         self._step(optimizer, plan, scale)
         asks_host = self.question is None and _question_of(optimizer, None) is not None
-        if self.alone and plan.cacheable and not asks_host:
-            self._watch = Watch(optimizer, plan, self.backend.order, counts=decides(optimizer))
+        if available() and not asks_host and self._lasts(optimizer, planner):
+            self._watch = Watch(plan, self.backend.order, counts=decides(optimizer))
+            self.backend.leave_counts()
 
-    def rerun(self, optimizer: Optimizer) -> bool:
-        """Step with the remembered plan; `False` if anything moved (nothing is written then)."""
+    def _lasts(self, optimizer: Optimizer, planner: Planner) -> bool:
+        """Tell whether a plan, and that of the CPU beside it, hold while nothing moves."""
+        beside = planner.plan.cacheable and not planner.tensors and not optimizer._meshes
+        return planner.launched.cacheable and (self.alone or beside)
+
+    def rerun(self, optimizer: Optimizer) -> Outcome | None:
+        """Step with the remembered plan; `None` if anything moved (nothing is written then)."""
         watch, backend = self._watch, self.backend
         if watch is None or backend is None or watch.counts != decides(optimizer):
-            return False
+            return None
         asked, self.question = self.question, _question_of(optimizer, self._ranks)
         if (asked is None) != (self.question is None):
-            return False
+            return None
         optimizer._check_capture()
         for index, group in enumerate(optimizer.param_groups):
             optimizer._reader(index).check(group)
-        grads = watch.gradients(optimizer) if self._watch is watch else None
-        if grads is None:
-            return False
-        backend.send_gradients(grads)
+        if self._watch is not watch:  # a group has changed so much that the plan was forgotten
+            return None
+        params = [group["params"] for group in optimizer.param_groups]
+        moved = watch.look(params, optimizer.state)
+        if moved is None:
+            return None
+        outcome = Outcome([]) if self.alone else _rerun_beside(optimizer, params, watch)
+        if outcome is None:
+            return None
+        if moved:
+            backend.send_gradients(watch.addresses)
         self._step(optimizer, watch.plan, 1.0)
-        return True
+        watch.advance()
+        return outcome
 
     def _step(self, optimizer: Optimizer, plan: Plan, scale: float) -> None:
         backend = self.backend
@@ -181,6 +198,21 @@ class Devices:
     def _decided(self, name: str) -> torch.Tensor:
         assert self.backend is not None
         return self.backend.decided(name)
+
+
+def _rerun_beside(
+    optimizer: Optimizer, params: list[list[torch.Tensor]], watch: Watch
+) -> Outcome | None:
+    """Take the CPU's part of a step; `None` if anything moved."""
+    backend = optimizer._backend
+    buckets = optimizer._buckets(backend.buckets)
+    if not backend.buckets:
+        return None
+    outcome = backend.rerun(params, None, optimizer.state, buckets, 1.0, optimizer._guards)
+    stepped = None if outcome is None else backend.stepped()
+    if stepped is not None:
+        optimizer._stepped = stepped + watch.stepped
+    return outcome
 
 
 def _captures(optimizer: Optimizer) -> bool:

@@ -117,7 +117,6 @@ class Planner:
                 row.device = str(param.device)
                 step = merged.get("step")
                 row.counts_on_device = step is not None and (home is not None or not step.is_cpu)
-                self.plan.cacheable = False
                 self.grads[len(plan.entries)] = local_grad(name, param, grad)
             plan.cacheable &= not row.keep
             self._enter(param, index, row, state, plan)
@@ -137,6 +136,8 @@ class Planner:
         """Give a parameter its entry: the same place in both plans, its row in one of them."""
         for each in (self.plan, self.launched):
             mine = (row, state) if each is plan else (None, None)
+            if row is not None and each is not plan:
+                each.elsewhere.add(len(each.entries))
             each.entries.append((param, index, *mine))
 
     def commit(self) -> None:

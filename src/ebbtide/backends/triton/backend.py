@@ -27,7 +27,7 @@ class TritonBackend:
     @property
     def launches(self) -> int:
         """Number of kernels launched so far."""
-        return sum(device.launches for device in self._devices.values())
+        return sum(device.launcher.launches for device in self._devices.values())
 
     @property
     def has_decided(self) -> bool:
@@ -68,8 +68,13 @@ class TritonBackend:
             self._active.append(device)
         return self.buckets
 
-    def send_gradients(self, addresses: list[int]) -> None:
-        """Let the rows have their gradients elsewhere, in `order`."""
+    def leave_counts(self) -> None:
+        """Let the caller advance the rows' step counts from now on."""
+        for device in self._active:
+            device.leave_counts()
+
+    def send_gradients(self, addresses: torch.Tensor) -> None:
+        """Let the rows have their gradients elsewhere, in `order`; int64, on the host."""
         at = 0
         for device in self._active:
             count = len(device.rows)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ebbtide.backends.triton import kernels, norm, prologue
+from ebbtide.backends.triton.launching import Launcher
 from ebbtide.backends.triton.tables import (
     Kind,
     Launch,
@@ -90,17 +91,18 @@ class Device:
         device: A CUDA device; the CPU for Triton's interpreter.
 
     Attributes:
-        launches: Kernels launched on it so far.
+        launcher: Counts the kernels launched.
         verdict: `VERDICT` of the last question, on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.launches = 0
+        self.launcher = Launcher()
         self._uploader = Uploader(device)
         with self._on_device():
             self.verdict = torch.zeros(len(prologue.VERDICT), dtype=torch.float64, device=device)
             self._lanes = lane_constants().to(device)
+            self._nothing = torch.zeros(1, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
         self._alarm = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
         self._ringing = ctypes.c_int32.from_address(self._alarm.data_ptr())
@@ -111,6 +113,7 @@ class Device:
 
     def forget(self) -> None:
         """Drop the tables: the next step needs a plan."""
+        self._uploader.release()
         self._launches: list[Launch] = []
         self._keys: list[_Key] = []
         self._counters: list[_Counter] = []
@@ -150,19 +153,20 @@ class Device:
                 self._counters.append(counter)
         self._launches, self._keys = list(launches.values()), list(keys)
         self._send_tables(counted, entries)
-        self.send_gradients([row.grad.address for _, row in self.rows])
+        self.send_gradients(torch.tensor([row.grad.address for _, row in self.rows]))
 
     @property
     def rows(self) -> list[tuple[int, Row]]:
         """(entry, row) of the remembered rows, in the order of the gradients' addresses."""
         return [each for launch in self._launches for each in launch.rows]
 
-    def send_gradients(self, addresses: list[int]) -> None:
+    def send_gradients(self, addresses: torch.Tensor) -> None:
         """Let the rows have their gradients elsewhere, in the order of `rows`."""
-        if self._sent.get("grads") == addresses:
-            return
-        part = torch.tensor(addresses, dtype=torch.int64)
-        self._grads = self._send("grads", [part], addresses)[0]
+        self._grads = self._send("grads", [addresses.long()])[0]
+
+    def leave_counts(self) -> None:
+        """Let the caller advance the rows' step counts from now on."""
+        self._counters = []
 
     def partial_sums(self, question: Question) -> torch.Tensor:
         """Return sums of squares, on the device; their sum is that of all gradients."""
@@ -172,12 +176,10 @@ class Device:
         size = min(SUMMING, tiles)
         with self._on_device():
             sums = torch.empty(size, dtype=torch.float64, device=self.device)
-            norm.sum_squares[(size,)](
-                self._table, self._grads, self._row_of_tile, tiles, sums,
-                FINITE_ONLY=question.finite_only, SIZE=BLOCKS * BLOCK, num_warps=4,
-                enable_fp_fusion=False,
+            self.launcher.launch(
+                norm.sum_squares, size, (self._table, self._grads, self._row_of_tile, tiles, sums),
+                {"FINITE_ONLY": question.finite_only, "SIZE": BLOCKS * BLOCK}, warps=4,
             )  # fmt: skip
-        self.launches += 1
         return sums
 
     def decide(self, rule: Rule, question: Question, partial: torch.Tensor, groups: Groups) -> None:
@@ -210,19 +212,24 @@ class Device:
     ) -> None:
         asked = question or Question()
         numbers, sources = self._hyperparameters(groups)
-        counters, scalars = self._counted or [self._lanes, self.verdict]
+        counters, scalars = self._counted or [self._nothing, self.verdict]
         found_inf, loss_scale = asked.found_inf, asked.loss_scale
         with self._on_device():
-            prologue.prepare[(1,)](
-                self.verdict, partial, partial.numel(),
-                self.verdict if found_inf is None else found_inf,
-                self.verdict if loss_scale is None else loss_scale,
-                counters, counters.numel() // 3 if self._counted else 0, numbers, sources, scalars,
-                DECIDE=question is not None, JUDGED=judged, FOUND_INF=found_inf is not None,
-                LOSS_SCALE=loss_scale is not None, CLIP=asked.max_norm is not None,
-                SKIP=asked.skip, ADAM=rule.name == "adam", num_warps=1, enable_fp_fusion=False,
+            tensors = [self.verdict if it is None else it for it in (found_inf, loss_scale)]
+            self.launcher.launch(
+                prologue.prepare, 1,
+                (
+                    self.verdict, partial, partial.numel(), *tensors, counters,
+                    counters.numel() // 3 if self._counted else 0, numbers, sources, scalars,
+                ),
+                {
+                    "DECIDE": question is not None, "JUDGED": judged,
+                    "FOUND_INF": found_inf is not None, "LOSS_SCALE": loss_scale is not None,
+                    "CLIP": asked.max_norm is not None, "SKIP": asked.skip,
+                    "ADAM": rule.name == "adam",
+                },
+                warps=1, key=tuple(it.dtype for it in tensors),
             )  # fmt: skip
-        self.launches += 1
 
     def step(
         self, rule: Rule, buckets: list[Bucket], *, grad_scale: float, guard: bool, judged: bool
@@ -237,8 +244,8 @@ class Device:
             judged: Whether `verdict` has a say.
         """
         self._runs += 1
-        scalars = self._send_scalars(buckets, grad_scale)
         with self._on_device():
+            scalars = self._send_scalars(buckets, grad_scale)
             for launch in self._launches:
                 if launch.tiles:
                     there = self._counted[1] if launch.kind.counts_on_device else scalars
@@ -253,15 +260,20 @@ class Device:
         self, rule: Rule, launch: Launch, scalars: torch.Tensor, *, guard: bool, judged: bool
     ) -> None:
         kind = launch.kind
-        kernels.step[(launch.tiles,)](
-            self._table, self._grads, launch.row_of_tile, scalars, self.verdict, self._lanes,
-            self._spoilt, self._alarm.data_ptr(), RULE=0 if rule.name == "adam" else 1,
-            PARAM=kind.param, RESIDUAL=kind.residual_bits, GRAD=kind.grad,
-            STATE0=kind.state[0], STATE1=kind.state[1], STATE2=kind.state[2],
-            STOCHASTIC=kind.stochastic, GUARD=guard, JUDGED=judged, BLOCKS=BLOCKS,
-            num_warps=WARPS[kind.narrowest], enable_fp_fusion=False,
+        self.launcher.launch(
+            kernels.step, launch.tiles,
+            (
+                self._table, self._grads, launch.row_of_tile, scalars, self.verdict, self._lanes,
+                self._spoilt, self._alarm.data_ptr(),
+            ),
+            {
+                "RULE": 0 if rule.name == "adam" else 1, "PARAM": kind.param,
+                "RESIDUAL": kind.residual_bits, "GRAD": kind.grad, "STATE0": kind.state[0],
+                "STATE1": kind.state[1], "STATE2": kind.state[2], "STOCHASTIC": kind.stochastic,
+                "GUARD": guard, "JUDGED": judged, "BLOCKS": BLOCKS,
+            },
+            warps=WARPS[kind.narrowest],
         )  # fmt: skip
-        self.launches += 1
 
     @property
     def captures(self) -> bool:
@@ -303,7 +315,7 @@ class Device:
         nothing = torch.empty(0, dtype=torch.int64)
         tables = [torch.cat(columns or [nothing]), torch.cat(row_of_tile or [nothing.int()])]
         tables.append(torch.tensor(counted, dtype=torch.int64))
-        self._table, self._row_of_tile, counters = self._send("tables", tables, None)
+        self._table, self._row_of_tile, counters = self._send("tables", tables)
         for launch, place in zip(self._launches, places, strict=False):
             launch.row_of_tile = self._row_of_tile[place : place + launch.tiles]
         with self._on_device():
@@ -324,24 +336,25 @@ class Device:
             step = scalars.step if key.counts else float(self._runs)
             scalars = scalars._replace(grad_scale=scalars.grad_scale * grad_scale, step=step)
             flat += scalars
-        return self._send("scalars", [torch.tensor(flat, dtype=torch.float64)], flat)[0]
+        self._parts["scalars"] = [self._uploader.send_numbers("scalars", flat)]
+        return self._parts["scalars"][0]
 
     def _hyperparameters(self, groups: Groups) -> list[torch.Tensor]:
         """Return the numbers of the groups on the device; sent where they have changed."""
         if not self._counted:
-            return [self.verdict, self._lanes]
+            return [self.verdict, self._nothing]
         numbers, sources = numbers_of(groups, self.device)
         if self._sent.get("numbers") == (numbers, sources):
             return self._parts["numbers"]
         parts = [
             torch.tensor(numbers, dtype=torch.float64), torch.tensor(sources, dtype=torch.int64)
         ]  # fmt: skip
-        return self._send("numbers", parts, (numbers, sources))
+        self._sent["numbers"] = (numbers, sources)
+        return self._send("numbers", parts)
 
-    def _send(self, slot: str, parts: list[torch.Tensor], value: Any) -> list[torch.Tensor]:
+    def _send(self, slot: str, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         with self._on_device():
             self._parts[slot] = self._uploader.send(slot, parts)
-        self._sent[slot] = value
         return self._parts[slot]
 
     def _on_device(self) -> AbstractContextManager[Any]:

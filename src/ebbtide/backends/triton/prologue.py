@@ -30,7 +30,8 @@ _GROUP = tl.constexpr(len(NUMBERS))
 _SCALAR_COUNT = tl.constexpr(17)
 
 
-@triton.jit(do_not_specialize=["partials", "count"])
+# A binary is used again whatever these are.
+@triton.jit(do_not_specialize=["partial", "partials", "found_inf", "loss_scale", "count"])
 def prepare(
     verdict: tl.tensor,
     partial: tl.tensor,

@@ -6,6 +6,8 @@ without waiting; torch keeps pinned memory until the copy has been made.
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from ebbtide.plan import BLOCK, Format, Row
 __all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
 
 _TILES_IN_16_BYTES = 4
+_STEPS_OF_A_PAGE = 64
 
 
 class Kind(NamedTuple):
@@ -136,6 +139,31 @@ class Uploader:
         self._device = device
         self._reserve: dict[str, torch.Tensor] = {}
         self._captured: list[torch.Tensor] = []
+        self._there: dict[str, torch.Tensor] = {}  # what was sent last
+        self._pages: dict[str, _Page] = {}
+
+    def release(self) -> None:
+        """Give back what lies on the device, once the current stream is done with it."""
+        if self._there and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self._device)
+            for there in self._there.values():
+                there.record_stream(stream)
+        self._there, self._pages = {}, {}
+
+    def send_numbers(self, slot: str, numbers: list[float]) -> torch.Tensor:
+        """Copy float64 numbers that change in every step; they lie where those before lay."""
+        if self._device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            return self.send(slot, [torch.tensor(numbers, dtype=torch.float64)])[0]
+        there = self._there.get(slot)
+        if there is None or there.numel() != len(numbers):
+            there = torch.empty(len(numbers), dtype=torch.float64, device=self._device)
+            self._there[slot] = there
+            self._pages.pop(slot, None)
+        page = self._pages.get(slot)
+        if page is None or page.left == 0:
+            self._keep_in_reserve(slot, there.nbytes)
+            page = self._pages[slot] = _Page(len(numbers))
+        return there.copy_(page.written(numbers), non_blocking=True)
 
     def send(self, slot: str, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy host tensors to the device in one go; returns them there.
@@ -152,6 +180,7 @@ class Uploader:
         padded = [-(-part.nbytes // 16) * 16 for part in parts]
         host = self._host(slot, sum(padded))
         there = torch.empty(sum(padded), dtype=torch.uint8, device=self._device)
+        self._there[slot] = there
         views, at = [], 0
         for part, length in zip(parts, padded, strict=True):
             place = slice(at, at + part.nbytes)
@@ -162,19 +191,47 @@ class Uploader:
         return views
 
     def _host(self, slot: str, size: int) -> torch.Tensor:
-        reserve = self._reserve.get(slot)
-        missing = reserve is None or reserve.numel() < size
         if torch.cuda.is_current_stream_capturing():
-            if missing:
+            if not self._has_reserve(slot, size):
                 raise RuntimeError(
                     "a step that is captured in a graph must have been taken without before: "
                     "warm up first, with the same parameters"
                 )
             self._captured.append(self._reserve.pop(slot))
             return self._captured[-1]
-        if missing:
-            self._reserve[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._keep_in_reserve(slot, size)
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def _has_reserve(self, slot: str, size: int) -> bool:
+        return slot in self._reserve and self._reserve[slot].numel() >= size
+
+    def _keep_in_reserve(self, slot: str, size: int) -> None:
+        if not self._has_reserve(slot, size):
+            self._reserve[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class _Page:
+    """Pinned memory for the numbers of some steps; torch keeps it until the last was copied.
+
+    Args:
+        count: Numbers of a step.
+
+    Attributes:
+        left: Steps that it still has room for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.left = _STEPS_OF_A_PAGE
+        whole = torch.empty((self.left, count), dtype=torch.float64, pin_memory=True)
+        self._lines = whole.unbind()
+        self._memory = (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
+        self._line = struct.Struct(f"{count}d")
+
+    def written(self, numbers: list[float]) -> torch.Tensor:
+        """Return memory that holds the numbers, for one copy."""
+        self.left -= 1
+        self._line.pack_into(self._memory, self.left * self._line.size, *numbers)
+        return self._lines[self.left]
 
 
 def kind_of(row: Row) -> Kind:
