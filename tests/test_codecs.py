@@ -32,14 +32,19 @@ def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def moments_row(run: int, rows: int, rng: np.random.Generator) -> tuple[Row, list[Array]]:
-    """Return a row with state in eight bits, starting at zero, and its arrays."""
+def moments_row(
+    run: int, rows: int, rng: np.random.Generator, zeros: float = 0.2
+) -> tuple[Row, list[Array]]:
+    """Return a row with state in eight bits, starting at zero, and its arrays.
+
+    `zeros` is the share of gradients that are zero.
+    """
     blocks = -(-run // 128)
     param = rng.normal(size=(rows, run)).astype(np.float32)
     grad = (rng.normal(size=(rows, run)) * 10.0 ** rng.uniform(-4, 1, (rows, run))).astype(
         np.float32
     )
-    grad[rng.random(grad.shape) < 0.2] = 0.0
+    grad[rng.random(grad.shape) < zeros] = 0.0
     first, scale = np.zeros((rows, run), np.int8), np.zeros((rows, blocks), np.float32)
     second, window = np.zeros((rows, run), np.uint8), np.zeros((rows, blocks), np.uint16)
     arrays: list[Array] = [param, grad, first, scale, second, window]
@@ -100,11 +105,13 @@ def step(backend: Any, row: Row, count: int) -> None:
         backend.run(plan, [Bucket(0, scalars, GROUP)], grad_scale=1.0, guard=True)
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.2])
 @pytest.mark.parametrize("run", [1, 100, 128, 300])
 @pytest.mark.usefixtures("instruction_set")
-def test_eight_bit_moments_are_encoded_as_defined(run: int) -> None:
+def test_eight_bit_moments_are_encoded_as_defined(run: int, zeros: float) -> None:
     """Encoded again from what the kernel's first step computes: m = (1 − β1)·g, v = (1 − β2)·g²."""
-    row, (_, grad, first, scale, second, window) = moments_row(run, 3, np.random.default_rng(run))
+    rng = np.random.default_rng(run)
+    row, (_, grad, first, scale, second, window) = moments_row(run, 3, rng, zeros)
     step(CompiledBackend(None), row, 1)
     key = codecs.row_key(4, 1, row.salt)
     weight = np.float32(1 - 0.9), np.float32(1 - 0.99)

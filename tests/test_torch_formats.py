@@ -211,12 +211,13 @@ def test_codes_do_not_depend_on_the_layout(layout: str, options: dict[str, Any])
         assert torch.allclose(odd, usual, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_a_nonfinite_gradient_poisons_nobody(bad: float) -> None:
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, 1e30])
+def test_a_nonfinite_gradient_poisons_nobody(bad: float, amsgrad: bool) -> None:
     for policy in ("raise", "skip", "propagate"):
         param, witness = matrix(), matrix()
-        optimizer = AdamW([("w", param)], nonfinite=policy, **EIGHT)
-        other = AdamW([("w", witness)], **EIGHT)
+        optimizer = AdamW([("w", param)], nonfinite=policy, amsgrad=amsgrad, **EIGHT)
+        other = AdamW([("w", witness)], amsgrad=amsgrad, **EIGHT)
         for each in (optimizer, other):
             steps(each, 2)
         before = param.detach().clone()
@@ -236,11 +237,12 @@ def test_a_nonfinite_gradient_poisons_nobody(bad: float) -> None:
         there[3, 5] = False
         assert torch.equal(param[there], witness[there])
         moments = plain(optimizer.state[param])
-        assert all(torch.isfinite(moments[key]).all() for key in ("exp_avg", "exp_avg_sq"))
         outside = torch.ones(64, dtype=torch.bool)
         outside[3] = False
         theirs = plain(other.state[witness])
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad):
+            assert torch.isfinite(moments[key]).all()
+            assert policy != "propagate" or moments[key][3, 5] == 0  # forgotten
             assert torch.equal(moments[key][outside], theirs[key][outside])
 
 
