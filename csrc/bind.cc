@@ -81,6 +81,7 @@ struct BoundTable : Table {
 void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb::object state,
          nb::object key, bool elsewhere) {
   Entry e;
+  std::vector<int64_t> extents;
   e.group = group;
   e.elsewhere = elsewhere;
   e.param = param.inc_ref().ptr();
@@ -105,36 +106,32 @@ void add(BoundTable& table, nb::object param, int32_t group, nb::object row, nb:
     e.next = e.next_step();
     e.local = nb::cast<bool>(row.attr("local"));
     e.lazy_grad = nb::cast<bool>(row.attr("lazy_grad"));
-    for (nb::handle extent : row.attr("extents"))
-      e.layout.extents.push_back(nb::cast<int64_t>(extent));
-    e.layout.format = r.param.format;
+    for (nb::handle extent : row.attr("extents")) extents.push_back(nb::cast<int64_t>(extent));
     table.take_device(e);
     e.active = e.reported = true;
-    nb::dict watched = nb::cast<nb::dict>(state);
-    e.state = watched.inc_ref().ptr();
+    e.state = nb::cast<nb::dict>(state).inc_ref().ptr();
     e.key = key.inc_ref().ptr();
     e.hash = PyObject_Hash(e.key);
     if (e.hash == -1) throw nb::python_error();
-    for (auto [name, value] : watched) table.watch(e, name.ptr(), value.ptr());
   }
-  table.entries.push_back(std::move(e));
+  Entry& added = table.add(e, extents);
+  if (e.state == nullptr) return;
+  for (auto [name, value] : nb::borrow<nb::dict>(e.state)) {
+    table.watch(added, name.ptr(), value.ptr());
+  }
 }
 
 // From plan.Bucket tuples: (group, scalars, ...).
 std::vector<Bucket> read_buckets(const nb::list& list) {
-  std::vector<Bucket> buckets(nb::len(list));
-  for (size_t i = 0; i < buckets.size(); ++i) {
-    PyObject* bucket = PyList_GET_ITEM(list.ptr(), Py_ssize_t(i));
-    PyObject* scalars = PyTuple_Check(bucket) ? PyTuple_GetItem(bucket, 1) : nullptr;
-    if (scalars == nullptr || !PyTuple_Check(scalars) ||
-        PyTuple_GET_SIZE(scalars) != kScalarCount) {
-      throw std::invalid_argument("buckets must hold plan.Bucket tuples");
+  std::vector<Bucket> buckets;
+  for (nb::handle each : list) {
+    const nb::tuple bucket = nb::cast<nb::tuple>(each);
+    Bucket& to = buckets.emplace_back(Bucket{nb::cast<int32_t>(bucket[0]), {}});
+    const nb::object scalars = bucket[1];
+    if (!read_numbers(scalars.ptr(), kScalarCount, reinterpret_cast<double*>(&to.scalars))) {
+      throw nb::python_error();
     }
-    buckets[i].group = double(PyLong_AsLong(PyTuple_GET_ITEM(bucket, 0)));
-    auto* to = reinterpret_cast<double*>(&buckets[i].scalars);
-    for (int k = 0; k < kScalarCount; ++k) to[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(scalars, k));
   }
-  if (PyErr_Occurred()) throw nb::python_error();
   return buckets;
 }
 
@@ -142,11 +139,12 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   if (!nb::inst_ready(self)) return 0;
   int result = 0;
-  for (const Entry& e : nb::inst_ptr<BoundTable>(self)->entries) {
-    Table::each_object(e, [&](PyObject* object) {
-      if (object != nullptr && result == 0) result = visit(object, arg);
-    });
-  }
+  const BoundTable& table = *nb::inst_ptr<BoundTable>(self);
+  const auto each = [&](PyObject* object) {
+    if (object != nullptr && result == 0) result = visit(object, arg);
+  };
+  table.each_object(each);
+  table.groups.each_object(each);
   return result;
 }
 
@@ -159,22 +157,19 @@ PyType_Slot table_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)}
                              {Py_tp_clear, reinterpret_cast<void*>(clear)},
                              {0, nullptr}};
 
-int64_t run_alone(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
-  const std::vector<Bucket> read = read_buckets(buckets);
-  nb::gil_scoped_release release;
-  return table.run(read.data(), int64_t(read.size()), grad_scale, guard);
-}
-
 int64_t run(BoundTable& table, const nb::list& buckets, double grad_scale, bool guard) {
   const Busy busy(table.busy);
-  return run_alone(table, buckets, grad_scale, guard);
+  if (!table.prepare(read_buckets(buckets))) return Table::kMissingBucket;
+  nb::gil_scoped_release release;
+  return table.run(grad_scale, guard);
 }
 
-// What a step is checked against: the parameters of each group, their gradients, all state.
-bool refresh(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states) {
-  const bool fresh =
-      table.refresh(groups.ptr(), grads.is_none() ? nullptr : grads.ptr(), states.ptr());
-  if (!fresh) table.release_grads();
+// What a step is checked against: the groups, their parameters, gradients, all state.
+bool refresh(BoundTable& table, nb::handle groups, nb::handle params, nb::handle grads,
+             nb::handle states, nb::handle read) {
+  const auto given = [](nb::handle list) { return list.is_none() ? nullptr : list.ptr(); };
+  const bool fresh = table.groups.refresh(groups.ptr(), read.ptr()) &&
+                     table.refresh(given(params), given(grads), states.ptr());
   if (PyErr_Occurred()) throw nb::python_error();
   return fresh;
 }
@@ -183,21 +178,28 @@ bool refresh(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle 
 constexpr int64_t kOthersStepped = int64_t(1) << 62;
 
 // Without groups the table is as sum_squares has just left it.
-int64_t step(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states,
-             const nb::list& buckets, double grad_scale, bool guard) {
+int64_t step(BoundTable& table, nb::handle groups, nb::handle params, nb::handle grads,
+             nb::handle states, nb::handle read, double grad_scale, bool guard) {
   const NoCollection off;
   const Busy busy(table.busy);
-  if (!groups.is_none() && !refresh(table, groups, grads, states)) return Table::kStale;
-  const int64_t result = run_alone(table, buckets, grad_scale, guard);
+  if (!groups.is_none() && !refresh(table, groups, params, grads, states, read)) {
+    return Table::kStale;
+  }
+  int64_t result = Table::kStale;
+  if (table.prepare()) {
+    nb::gil_scoped_release release;
+    result = table.run(grad_scale, guard);
+  }
   table.release_grads();
   return result >= 0 && table.changed() ? result + kOthersStepped : result;
 }
 
 // None if the table is stale.
-nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads, nb::handle states) {
+nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle params, nb::handle grads,
+                       nb::handle states, nb::handle read) {
   const NoCollection off;
   const Busy busy(table.busy);
-  if (!groups.is_none() && !refresh(table, groups, grads, states)) return nb::none();
+  if (!groups.is_none() && !refresh(table, groups, params, grads, states, read)) return nb::none();
   double total = 0;
   {
     nb::gil_scoped_release release;
@@ -209,10 +211,12 @@ nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle grads, n
 // For a backend that has rows of its own: kStale, also where others have a gradient than before or
 // a count was changed, or else whether a gradient has moved. `to` is the address of as many int64
 // as there are rows.
-int64_t gradients(BoundTable& table, nb::handle groups, nb::handle states, uintptr_t to) {
+int64_t gradients(BoundTable& table, nb::handle params, nb::handle states, uintptr_t to) {
   const NoCollection off;
   const Busy busy(table.busy);
-  if (!refresh(table, groups, nb::none(), states)) return Table::kStale;
+  const bool fresh = table.refresh(params.ptr(), nullptr, states.ptr());
+  if (PyErr_Occurred()) throw nb::python_error();
+  if (!fresh) return Table::kStale;
   const bool holds = !table.changed() && table.counts_hold();
   const int64_t result =
       holds ? int64_t(table.grads(reinterpret_cast<int64_t*>(to))) : int64_t(Table::kStale);
@@ -286,11 +290,12 @@ NB_MODULE(_core, m) {
       .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
            nb::arg("state").none(), nb::arg("key"), nb::arg("elsewhere") = false)
       .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
-      .def("step", &step, nb::arg("groups").none(), nb::arg("grads").none(), nb::arg("states"),
-           nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
-      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("grads").none(),
-           nb::arg("states").none())
-      .def("gradients", &gradients, nb::arg("groups"), nb::arg("states"), nb::arg("to"))
+      .def("step", &step, nb::arg("groups").none(), nb::arg("params").none(),
+           nb::arg("grads").none(), nb::arg("states").none(), nb::arg("read").none(),
+           nb::arg("grad_scale"), nb::arg("guard"))
+      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("params").none(),
+           nb::arg("grads").none(), nb::arg("states").none(), nb::arg("read").none())
+      .def("gradients", &gradients, nb::arg("params"), nb::arg("states"), nb::arg("to"))
       .def("place", &place, nb::arg("order"))
       .def("advance", &Table::advance)
       .def("stepped",

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "entry.h"
+#include "groups.h"
 #include "parallel.h"
 #include "step.h"
 #include "tensor.h"
@@ -14,50 +16,9 @@ namespace ebbtide {
 
 const Kernels& kernels();  // chosen once, for this machine
 
-// A row and what must still be true of it when the next step begins.
-struct Entry {
-  Row row;
-  PyObject* param = nullptr;  // the object in param_groups
-  PyObject* key = nullptr;    // under which the optimizer keeps its state
-  Py_hash_t hash = 0;
-  PyObject* state = nullptr;  // its state dict; null while the parameter has had no gradient
-  std::vector<PyObject*> keys, values;  // the state as it was when its addresses were taken
-  std::vector<void*> addresses;         // of the values; null where one is no tensor
-  std::vector<PyObject*> held;          // their memory
-  PyObject* grad = nullptr;             // held while a step runs
-  Layout layout;
-  void* step = nullptr;  // the step count: float32, or float64
-  bool step_is_double = false;
-  bool local = false;      // a DTensor: the row is its `_local_tensor`
-  bool lazy_grad = false;  // its gradient may be a lazy conjugate or negative
-  int64_t count = 0;       // steps taken, where the state holds no count
-  int64_t next = 0;        // the step that a GPU takes next, if its count is left alone
-  int32_t group = 0;
-  int32_t bucket = 0;
-  int64_t place = 0;       // of its gradient's address in what `grads` fills
-  bool elsewhere = false;  // another table steps it
-  bool active = false;
-  bool reported = false;  // active when `stepped` was last asked
-  int64_t untouched = 0;
-
-  int64_t next_step() const {
-    if (step == nullptr) return count + 1;
-    return int64_t(step_is_double ? *static_cast<double*>(step) : *static_cast<float*>(step)) + 1;
-  }
-  void advance() {
-    if (step == nullptr) {
-      count = 1;
-    } else if (step_is_double) {
-      *static_cast<double*>(step) += 1;
-    } else {
-      *static_cast<float*>(step) += 1;
-    }
-  }
-};
-
 // The scalars of one group and step count.
 struct Bucket {
-  double group;
+  int32_t group;
   StepScalars scalars;
 };
 
@@ -78,36 +39,52 @@ class Table {
   Table(const Table&) = delete;
 
   std::vector<Entry> entries;
+  Groups groups;
 
   // Drops every reference, here and when the cyclic collector asks: parameters can refer to their
   // optimizer through hooks.
   void clear() {
-    std::vector<Entry> dropped;
-    dropped.swap(entries);
-    for (Entry& e : dropped) {
-      each_object(e, [](PyObject* object) { Py_XDECREF(object); });
-    }
+    std::vector<PyObject*> dropped;
+    each_object([&](PyObject* object) { dropped.push_back(object); });
+    entries.clear();
+    watched_.clear();
+    held_.clear();
+    for (PyObject* object : dropped) Py_XDECREF(object);
+    groups.clear();
   }
 
-  // Calls visit with every object that the table owns.
+  // Calls visit with every object that the rows own.
   template <typename Visit>
-  static void each_object(const Entry& e, const Visit& visit) {
-    visit(e.param);
-    visit(e.key);
-    visit(e.state);
-    visit(e.grad);
-    for (const auto* list : {&e.keys, &e.values, &e.held}) {
-      for (PyObject* object : *list) visit(object);
+  void each_object(const Visit& visit) const {
+    for (const Entry& e : entries) {
+      visit(e.param);
+      visit(e.state);
+      visit(e.key);
+      visit(e.grad);
     }
+    for (const Watched& w : watched_) {
+      visit(w.key);
+      visit(w.value);
+    }
+    for (PyObject* object : held_) visit(object);
   }
 
-  // Takes the state of an entry as it is now, and holds its memory.
+  // Adds an entry with the shapes and strides of its row.
+  Entry& add(Entry e, const std::vector<int64_t>& extents) {
+    e.watched = uint32_t(watched_.size());
+    e.extents = uint32_t(extents_.size());
+    e.dims = uint16_t(extents.size());
+    extents_.insert(extents_.end(), extents.begin(), extents.end());
+    entries.push_back(e);
+    return entries.back();
+  }
+
+  // Takes a value of the state of the entry added last, and holds its memory.
   void watch(Entry& e, PyObject* key, PyObject* value) {
-    e.keys.push_back(Py_NewRef(key));
-    e.values.push_back(Py_NewRef(value));
-    e.addresses.push_back(address(e, value));
+    watched_.push_back({Py_NewRef(key), Py_NewRef(value), address(e, value)});
+    ++e.values;
     PyObject* local = local_of(e, value);
-    if (PyObject* held = reader_.hold(local)) e.held.push_back(held);
+    if (PyObject* held = reader_.hold(local)) held_.push_back(held);
     Py_DECREF(local);
     elements_watched_ += e.row.numel;
   }
@@ -115,46 +92,57 @@ class Table {
   // Takes the device of an entry's parameter; the plan knows the rest of its layout.
   void take_device(Entry& e) {
     void* data = nullptr;
-    if (read(e, e.param, data)) e.layout.device = scratch_.device;
-    PyErr_Clear();
+    PyObject* local = local_of(e, e.param);
+    if (reader_.read(local, data, scratch_)) e.device = scratch_.device;
+    Py_DECREF(local);
   }
 
   // Checks every parameter, state and gradient against the table and takes the gradients'
-  // addresses. `groups` is a list of lists of parameters; `grads` a list aligned with them, or null
-  // to read
-  // `.grad`; `states` the dict of all state.
-  // False: something changed, and the table must be built anew. Writes nothing but the table.
-  bool refresh(PyObject* groups, PyObject* grads, PyObject* states) {
+  // addresses. `params` holds a list of parameters for each group, or is null to take
+  // `group["params"]`; `grads` is a list aligned with them, or null to read `.grad`; `states` the
+  // dict of all state. False: something changed, and the table must be built anew. Writes nothing
+  // but the table.
+  bool refresh(PyObject* params, PyObject* grads, PyObject* states) {
     release_grads();
-    size_t at = 0;
     ++refreshes_;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
-      PyObject* params = PyList_GET_ITEM(groups, i);
-      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++at) {
-        if (at >= entries.size()) return false;
-        Entry& e = entries[at];
-        if (e.param != PyList_GET_ITEM(params, j) || e.group != i) return false;
-        PyObject* grad = grads == nullptr ? nullptr : PyList_GET_ITEM(grads, Py_ssize_t(at));
-        if (!refresh(e, grad, states, checks_addresses(at))) return false;
-      }
+    const bool fresh = refresh_all(params, grads, states);
+    if (!fresh) release_grads();
+    return fresh;
+  }
+
+  // Gives every active row its scalars, from the groups; false where a step count is no count.
+  bool prepare() {
+    buckets_.clear();
+    latest_.assign(groups.size(), -1);
+    for (Entry& e : entries) {
+      if (!e.active) continue;
+      const int64_t step = e.next_step();
+      if (step < 1) return false;
+      e.bucket = find(e.group, double(step));
+      if (e.bucket >= 0) continue;
+      e.bucket = latest_[size_t(e.group)] = int32_t(buckets_.size());
+      buckets_.push_back({e.group, groups.recipe(size_t(e.group)).at(step)});
     }
-    return at == entries.size();
+    return true;
+  }
+
+  // Gives every active row its scalars, from these; false where a row finds none.
+  bool prepare(std::vector<Bucket> buckets) {
+    buckets_ = std::move(buckets);
+    latest_.assign(entries.empty() ? 0 : size_t(entries.back().group) + 1, 0);
+    for (Entry& e : entries) {
+      if (e.active && (e.bucket = find(e.group, double(e.next_step()))) < 0) return false;
+    }
+    return true;
   }
 
   // The update of every active row, in one parallel region; the number of elements left untouched.
-  int64_t run(const Bucket* buckets, int64_t n, double grad_scale, bool guard) {
-    for (Entry& e : entries) {
-      if (e.active && !find_bucket(e, buckets, n)) return kMissingBucket;
-    }
-    scalars_.assign(size_t(n), {});
-    for (int64_t i = 0; i < n; ++i) {
-      scalars_[size_t(i)] = buckets[i].scalars;
-      scalars_[size_t(i)].grad_scale *= grad_scale;
-    }
+  int64_t run(double grad_scale, bool guard) {
+    for (Bucket& bucket : buckets_) bucket.scalars.grad_scale *= grad_scale;
     share_out(1);
     for_each_share([&](Entry& e, int64_t begin, int64_t end) {
-      const int64_t untouched =
-          kernels().update(rule_, e.row, scalars_[size_t(e.bucket)], guard, begin, end);
+      const StepScalars& scalars = buckets_[size_t(e.bucket)].scalars;
+      const int64_t untouched = kernels().update(rule_, e.row, scalars, guard, begin, end);
       if (untouched > 0) __atomic_fetch_add(&e.untouched, untouched, __ATOMIC_RELAXED);
     });
     int64_t total = 0;
@@ -231,6 +219,24 @@ class Table {
   }
 
  private:
+  bool refresh_all(PyObject* params, PyObject* grads, PyObject* states) {
+    const size_t lists = params == nullptr ? groups.size() : size_t(PyList_GET_SIZE(params));
+    size_t at = 0;
+    for (size_t i = 0; i < lists; ++i) {
+      PyObject* list =
+          params == nullptr ? groups.params(i) : PyList_GET_ITEM(params, Py_ssize_t(i));
+      if (list == nullptr || !PyList_Check(list)) return false;
+      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j, ++at) {
+        if (at >= entries.size()) return false;
+        Entry& e = entries[at];
+        if (e.param != PyList_GET_ITEM(list, j) || e.group != int32_t(i)) return false;
+        PyObject* grad = grads == nullptr ? nullptr : PyList_GET_ITEM(grads, Py_ssize_t(at));
+        if (!refresh(e, grad, states, checks_addresses(at))) return false;
+      }
+    }
+    return at == entries.size();
+  }
+
   bool refresh(Entry& e, PyObject* given, PyObject* states, bool addresses) {
     if (e.elsewhere) return true;
     PyObject* grad = given != nullptr ? Py_NewRef(given) : PyObject_GetAttr(e.param, grad_name_);
@@ -244,20 +250,27 @@ class Table {
     changed_ |= e.reported != (grad != Py_None);
     if (grad == Py_None) return true;
     if (e.state == nullptr) return false;  // its first gradient
-    if (!e.keys.empty() && lookup(states, e) != e.state) return false;
-    for (size_t k = 0; k < e.keys.size(); ++k) {
-      if (PyDict_GetItem(e.state, e.keys[k]) != e.values[k]) return false;
-      if (addresses && address(e, e.values[k]) != e.addresses[k]) return false;
-    }
-    if (size_t(PyDict_GET_SIZE(e.state)) != e.keys.size()) return false;
+    if (!holds_state(e, states, addresses)) return false;
     void* data = nullptr;
-    if (!read(e, e.param, data) || scratch_ != e.layout || data != e.row.param.data) return false;
+    if (!reads_as(e, e.param, e.row.param.format, data) || data != e.row.param.data) return false;
     const uint64_t ones = scratch_.ones;
-    if (!reader_.is_plain(grad, e.lazy_grad) || !read(e, grad, data)) return false;
-    if (scratch_.format != e.row.grad.format || scratch_.extents != e.layout.extents) return false;
-    if (scratch_.device != e.layout.device || scratch_.ones != ones) return false;
+    if (!reader_.is_plain(grad, e.lazy_grad)) return false;
+    if (!reads_as(e, grad, e.row.grad.format, data) || scratch_.ones != ones) return false;
     e.row.grad.data = data;
     e.active = true;
+    return true;
+  }
+
+  // Whether the state of a parameter is what it was.
+  bool holds_state(const Entry& e, PyObject* states, bool addresses) const {
+    if (e.values > 0 && lookup(states, e) != e.state) return false;
+    if (PyDict_GET_SIZE(e.state) != e.values) return false;
+    const Watched* known = watched_.data() + e.watched;
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(e.state, &at, &key, &value); ++known) {
+      if (key != known->key || value != known->value) return false;
+      if (addresses && address(e, value) != known->address) return false;
+    }
     return true;
   }
 
@@ -287,11 +300,15 @@ class Table {
 #endif
   }
 
-  bool read(const Entry& e, PyObject* object, void*& data) {
+  // Whether a tensor has this format and the layout of the row.
+  bool reads_as(const Entry& e, PyObject* object, Format format, void*& data) {
     PyObject* local = local_of(e, object);
     const bool ok = reader_.read(local, data, scratch_);
     Py_DECREF(local);  // its owner is held by the parameter or the entry
-    return ok;
+    const std::vector<int64_t>& found = scratch_.extents;
+    return ok && scratch_.format == format && scratch_.device == e.device &&
+           found.size() == e.dims &&
+           std::equal(found.begin(), found.end(), extents_.begin() + e.extents);
   }
 
   // The shard of a distributed tensor, or the object itself; a new reference.
@@ -302,19 +319,17 @@ class Table {
     return Py_NewRef(object);
   }
 
-  static bool find_bucket(Entry& e, const Bucket* buckets, int64_t n) {
-    const double step = double(e.next_step());
-    const auto matches = [&](int64_t i) {
-      return buckets[i].group == e.group && buckets[i].scalars.step == step;
+  // The index of the scalars of a group and step count; -1 if there are none. Mostly all rows of a
+  // group take the same step.
+  int32_t find(int32_t group, double step) const {
+    const auto matches = [&](const Bucket& b) {
+      return b.group == group && b.scalars.step == step;
     };
-    if (e.bucket < n && matches(e.bucket)) return true;
-    for (int64_t i = 0; i < n; ++i) {
-      if (matches(i)) {
-        e.bucket = int32_t(i);
-        return true;
-      }
-    }
-    return false;
+    const int32_t latest = latest_[size_t(group)];
+    if (latest < 0) return -1;
+    if (size_t(latest) < buckets_.size() && matches(buckets_[size_t(latest)])) return latest;
+    const auto found = std::find_if(buckets_.begin(), buckets_.end(), matches);
+    return found == buckets_.end() ? -1 : int32_t(found - buckets_.begin());
   }
 
   // Running totals of the active rows' units of `unit` blocks each.
@@ -353,9 +368,13 @@ class Table {
   PyObject* grad_name_;
   PyObject* local_name_;
   Layout scratch_;
+  std::vector<Watched> watched_;  // of all entries in turn
+  std::vector<int64_t> extents_;  // likewise
+  std::vector<PyObject*> held_;   // the memory of what is watched
   std::vector<int64_t> offsets_;
   std::vector<double> partial_;
-  std::vector<StepScalars> scalars_;
+  std::vector<Bucket> buckets_;  // of the step that is taken
+  std::vector<int32_t> latest_;  // by group: the bucket made last
   bool changed_ = false;
   int64_t elements_ = 0;
   int64_t elements_watched_ = 0;  // of all state arrays

@@ -42,10 +42,6 @@ struct Layout {
   int64_t device = 0;            // as DLPack numbers it
   std::vector<int64_t> extents;  // shape, stride, shape, stride, ...
   uint64_t ones = 0;             // which dimensions were left out, and how many there are in all
-
-  bool operator==(const Layout& other) const {
-    return format == other.format && device == other.device && extents == other.extents;
-  }
 };
 
 class TensorReader {

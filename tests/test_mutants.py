@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-import ebbtide.hyperparameters
 import ebbtide.numpy
-from ebbtide.rules import Rule, Scalars
+import ebbtide.reading
+from ebbtide.rules import Recipe, Rule, Scalars
 from tests.cases import Case
 from tests.checks import (
     assert_float32_is_near,
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 def _prepared_with(change: Callable[[Scalars], Scalars]) -> Any:
     original = Rule.prepare
 
-    def prepare(self: Rule, group: Any, decay: float, l2: float) -> Callable[[int], Scalars]:
-        scalars = original(self, group, decay, l2)
-        return lambda step: change(scalars(step))
+    def prepare(self: Rule, group: Any, decay: float, l2: float) -> Recipe:
+        recipe = original(self, group, decay, l2)
+        return recipe._replace(fixed=change(recipe.fixed))
 
     return prepare
 
@@ -46,13 +46,12 @@ def _betas_swapped(scalars: Scalars) -> Scalars:
 
 
 def _one_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Rule.prepare
+    original = Recipe.__call__
 
-    def prepare(self: Rule, group: Any, decay: float, l2: float) -> Callable[[int], Scalars]:
-        scalars = original(self, group, decay, l2)
-        return lambda step: scalars(step + 1)._replace(step=float(step))
+    def ahead(self: Recipe, step: int) -> Scalars:
+        return original(self, step + 1)._replace(step=float(step))
 
-    monkeypatch.setattr(Rule, "prepare", prepare)
+    monkeypatch.setattr(Recipe, "__call__", ahead)
 
 
 SCALAR_MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -60,7 +59,7 @@ SCALAR_MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         Rule, "prepare", _prepared_with(_betas_swapped)
     ),
     "decay dropped": lambda patch: patch.setattr(
-        ebbtide.hyperparameters, "decay_share", lambda *_, **__: 0.0
+        ebbtide.reading, "decay_share", lambda *_, **__: 0.0
     ),
     "bias correction off by one": _one_step_ahead,
 }
@@ -102,6 +101,11 @@ KERNEL_MUTANTS = {
         "update.h",
         "/ s.sqrt_bias_correction2 + s.eps",
         "/ s.sqrt_bias_correction2",
+    ),
+    "bias correction off by one": (
+        "groups.h",
+        "std::pow(beta2, s.step)",
+        "std::pow(beta2, s.step + 1)",
     ),
     "last elements skipped": (
         "step.cc",

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 from ebbtide import codecs
 from ebbtide.backends import torch_ops
 from ebbtide.backends.torch_ops import TensorRow, Verdict
-from ebbtide.hyperparameters import GroupReader
 from ebbtide.plan import salt_of
+from ebbtide.reading import GroupReader
 from ebbtide.rules import ADAM
 from ebbtide.torch import SGD as TorchSGD
 from ebbtide.torch import Adam, AdamW

@@ -6,20 +6,17 @@ Messages keep torch's wording where torch has one, so that a script that matches
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
-from operator import itemgetter
 from typing import Any
 
 from ebbtide.codecs import MASTER_FORMATS, STATE_FORMATS
-from ebbtide.rules import Rule, Scalars
-from ebbtide.weight_decay import DECAY_POLICIES, decay_share, l2_coefficient
+from ebbtide.rules import Rule
+from ebbtide.weight_decay import DECAY_POLICIES, decay_share
 
 __all__ = [
     "NONFINITE_POLICIES",
     "OURS",
-    "GroupReader",
     "Options",
     "known_keys",
     "numbers",
@@ -42,9 +39,6 @@ OURS: dict[str, Any] = {
 _TORCH = ("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused")
 _ADAM = ("betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay")
 _SGD = ("momentum", "dampening", "nesterov")
-# What a step depends on.
-_READ = ("lr", "weight_decay", "decay_policy", "base_lr", "cautious", "maximize", "seed")
-_READ_ADAM = ("betas", "eps", "bias_correction", "amsgrad")
 _SWITCHES = (
     "maximize", "foreach", "differentiable", "fused", "amsgrad", "capturable", "nesterov",
     "cautious", "bias_correction", "decoupled_weight_decay",
@@ -188,118 +182,6 @@ def _item(key: str, value: Any, where: str) -> Any:
         return (value.detach() if hasattr(value, "detach") else value).item()
     except (RuntimeError, ValueError):
         raise ValueError(f"Tensor {key} must be 1-element{where}") from None
-
-
-class GroupReader:
-    """Reads one group for a step; checks and prepares anew only when the group has changed.
-
-    Args:
-        rule: The update rule.
-        where: Put behind each message, such as `" (param group 1)"`.
-        decays: Whether the group's weight decay reaches these parameters.
-        watch: Further keys that decide how the group is stepped.
-        restructured: Called when one of those, or which state there is, has changed.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        where: str = "",
-        *,
-        decays: bool = True,
-        watch: tuple[str, ...] = (),
-        restructured: Callable[[], None] | None = None,
-    ) -> None:
-        self._rule = rule
-        self._where = where
-        self._decays = decays
-        self._watch = watch
-        self._restructured = restructured
-        own = _READ_ADAM if rule.name == "adam" else _SGD
-        self._values = itemgetter(*_READ, *own, *watch)
-        self._seen: tuple[Any, ...] | None = None
-        self._checked: tuple[Any, ...] | None = None
-        self._structure: tuple[Any, ...] | None = None
-        self._prepared: Callable[[int], Scalars] | None = None
-        self._warned = False
-
-    def read(self, group: Mapping[str, Any]) -> Callable[[int], Scalars]:
-        """Return the function from step count to scalars (`Rule.prepare`).
-
-        Raises:
-            TypeError, ValueError: As `validate_group`.
-        """
-        values = (len(group), *self._values(group))
-        if self._prepared is not None and _same(self._seen, values):
-            return self._prepared
-        checked = group if self._rates_alone(values) else self._check(group, values)
-        policy, weight_decay = checked["decay_policy"], float(checked["weight_decay"])
-        if not self._decays:
-            weight_decay = 0.0
-        lr, base_lr = float(checked["lr"]), float(checked["base_lr"])
-        decay = decay_share(policy, lr=lr, base_lr=base_lr, weight_decay=weight_decay)
-        l2 = l2_coefficient(policy, weight_decay=weight_decay)
-        self._prepared = self._rule.prepare(checked, decay, l2)
-        # Tensors change in place, so they must be read in every step.
-        self._seen = values if checked is group else None
-        return self._prepared
-
-    def _rates_alone(self, values: tuple[Any, ...]) -> bool:
-        """Whether only lr and weight decay have changed, to plain numbers that are in range.
-
-        A schedule changes nothing else, in every step of every group; the whole check would
-        take longer than the step of a small model.
-        """
-        seen = self._seen
-        if seen is None or seen[0] != values[0] or not _same(seen[3:], values[3:]):
-            return False
-        lr, weight_decay, policy = values[1:4]
-        if not (type(lr) is float is type(weight_decay)) or policy not in ("l2", "decoupled"):
-            return False
-        share = lr * weight_decay if policy == "decoupled" else 0.0
-        if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf and share < 1.0):
-            return False
-        self._checked = values
-        return True
-
-    def check(self, group: Mapping[str, Any]) -> None:
-        """Check the group if it has changed, without reading tensors that were checked before."""
-        values = (len(group), *self._values(group))
-        if not _same(self._checked, values):
-            self._check(group, values)
-
-    def _check(self, group: Mapping[str, Any], values: tuple[Any, ...]) -> Mapping[str, Any]:
-        checked = numbers(group, self._where)
-        if _same(self._checked, values):
-            return checked
-        validate_group(self._rule, checked, self._where)
-        flags = [group[key] for key in self._watch]
-        structure = (self._rule.state_keys(checked), checked is group, *flags)
-        if self._structure not in (None, structure) and self._restructured is not None:
-            self._restructured()
-        self._structure, self._checked = structure, values
-        self._warn_of_peak(checked)
-        return checked
-
-    def _warn_of_peak(self, group: Mapping[str, Any]) -> None:
-        """Warn once where OneCycleLR's peak is not what the decay is relative to."""
-        peak = group.get("max_lr")
-        needs = group["decay_policy"] in ("independent", "corrected")
-        if needs and not self._warned and isinstance(peak, float) and peak != group["base_lr"]:
-            self._warned = True
-            warnings.warn(
-                f"decay_policy={group['decay_policy']!r} is relative to base_lr="
-                f"{group['base_lr']:g}, but a schedule's max_lr is {peak:g}{self._where}; if that "
-                "is the peak, pass base_lr=max_lr to the optimizer",
-                stacklevel=2,
-            )
-
-
-def _same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
-    try:
-        return old == new
-    except (RuntimeError, ValueError):  # a tensor of several elements has no truth
-        return False
 
 
 def _number(group: Mapping[str, Any], key: str, what: str, where: str) -> float:

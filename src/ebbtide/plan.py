@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -118,7 +118,7 @@ class Bucket(NamedTuple):
 class Outcome(NamedTuple):
     """What a backend reports of a step: elements left untouched, by entry of the plan."""
 
-    untouched: list[tuple[int, int]]
+    untouched: Sequence[tuple[int, int]]
 
     @property
     def total(self) -> int:

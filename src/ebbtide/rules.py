@@ -9,11 +9,11 @@ step count, and every backend reads the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["ADAM", "SGD", "Rule", "Scalars"]
+__all__ = ["ADAM", "SGD", "Recipe", "Rule", "Scalars"]
 
 
 class Scalars(NamedTuple):
@@ -44,6 +44,40 @@ class Scalars(NamedTuple):
     seed: float = 0.0
 
 
+class Recipe(NamedTuple):
+    """What the scalars of a group's steps are computed from; read once, until the group changes.
+
+    The compiled core does the same arithmetic between steps (`csrc/groups.h`).
+
+    Attributes:
+        fixed: The scalars, of which those that depend on the step are filled in.
+        beta1: Of the bias correction of the first moment; 0 where it is not corrected.
+        beta2: Of that of the second.
+    """
+
+    fixed: Scalars
+    beta1: float = 0.0
+    beta2: float = 0.0
+
+    def __call__(self, step: int) -> Scalars:
+        """Return the scalars of a step.
+
+        Args:
+            step: 1-based count of the step about to be taken; for SGD only 1 or more matters.
+        """
+        s = self.fixed
+        step_size = s.lr / (1 - self.beta1**step)
+        root = math.sqrt(1 - self.beta2**step)
+        keep, add = (0.0, 1.0) if step == 1 else (s.buffer_keep, s.buffer_add)
+        return Scalars._make(
+            (*s[:9], step_size, root, s.momentum, keep, add, s.nesterov, float(step), s.seed)
+        )
+
+    def at_rates(self, lr: float, decay: float, l2: float) -> Recipe:
+        """Return the same under another learning rate and weight decay."""
+        return Recipe(Scalars._make((lr, decay, l2, *self.fixed[3:])), self.beta1, self.beta2)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A named update rule.
@@ -62,61 +96,43 @@ class Rule:
             return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def prepare(
-        self, group: Mapping[str, Any], decay: float, l2: float
-    ) -> Callable[[int], Scalars]:
-        """Read a group once; what is returned gives the scalars of a step.
+    def prepare(self, group: Mapping[str, Any], decay: float, l2: float) -> Recipe:
+        """Read a group once; what is returned gives the scalars of its steps, all finite.
 
         Args:
             group: Hyperparameters as numbers, by torch's names.
             decay: Share of θ removed, from `ebbtide.weight_decay.decay_share`.
             l2: Coefficient of θ in the gradient.
-
-        Returns:
-            A function of the 1-based count of the step about to be taken (for SGD only 1 or more
-            matters). Its scalars are finite.
         """
-        common = (
-            float(group["lr"]),
-            decay,
-            l2,
-            1.0 if group["cautious"] else 0.0,
-            -1.0 if group["maximize"] else 1.0,
+        common = Scalars(
+            lr=float(group["lr"]),
+            decay=decay,
+            l2=l2,
+            cautious=1.0 if group["cautious"] else 0.0,
+            grad_scale=-1.0 if group["maximize"] else 1.0,
+            seed=float(group["seed"]),
         )
-        prepare = _prepare_adam if self.name == "adam" else _prepare_sgd
-        return prepare(group, common, float(group["seed"]))
+        return _of_adam(group, common) if self.name == "adam" else _of_sgd(group, common)
 
 
-def _prepare_adam(
-    group: Mapping[str, Any], common: tuple[float, ...], seed: float
-) -> Callable[[int], Scalars]:
+def _of_adam(group: Mapping[str, Any], common: Scalars) -> Recipe:
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    corrected = bool(group["bias_correction"])
-    lr, *_ = common
-    fixed = (*common, 1 - beta1, beta2, 1 - beta2, float(group["eps"]))
-
-    def scalars(step: int) -> Scalars:
-        bias_correction1 = 1 - beta1**step if corrected else 1.0
-        bias_correction2 = 1 - beta2**step if corrected else 1.0
-        step_size, root = lr / bias_correction1, math.sqrt(bias_correction2)
-        return Scalars._make((*fixed, step_size, root, 0.0, 0.0, 1.0, 0.0, float(step), seed))
-
-    return scalars
+    fixed = common._replace(
+        exp_avg_weight=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2, eps=float(group["eps"])
+    )
+    return Recipe(fixed, beta1, beta2) if group["bias_correction"] else Recipe(fixed)
 
 
-def _prepare_sgd(
-    group: Mapping[str, Any], common: tuple[float, ...], seed: float
-) -> Callable[[int], Scalars]:
+def _of_sgd(group: Mapping[str, Any], common: Scalars) -> Recipe:
     momentum = float(group["momentum"])
-    add = 1.0 - float(group["dampening"])
-    nesterov = 1.0 if group["nesterov"] else 0.0
-    fixed = (*common, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, momentum)
-
-    def scalars(step: int) -> Scalars:
-        keep_add = (0.0, 1.0) if step == 1 else (momentum, add)
-        return Scalars._make((*fixed, *keep_add, nesterov, float(step), seed))
-
-    return scalars
+    return Recipe(
+        common._replace(
+            momentum=momentum,
+            buffer_keep=momentum,
+            buffer_add=1.0 - float(group["dampening"]),
+            nesterov=1.0 if group["nesterov"] else 0.0,
+        )
+    )
 
 
 ADAM = Rule("adam", counts_steps=True)

@@ -1,29 +1,42 @@
 """The compiled core behind the backend interface.
 
 `CompiledBackend` keeps one native table for its optimizer. A step is one native call: it checks
-every parameter, state array and gradient against the table, takes the gradients' addresses, and
-runs all rows in one parallel region. Where anything moved it answers "stale", nothing is written,
-and the face plans anew.
+every group, parameter, state array and gradient against the table, has the face read those groups
+that have changed, takes the gradients' addresses, and runs all rows in one parallel region. Where
+anything else moved it answers "stale", nothing is written, and the face plans anew.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ebbtide.plan import Bucket, Outcome, Plan
-from ebbtide.rules import Scalars
+from ebbtide.rules import Recipe, Scalars
 
 try:
     from ebbtide import _core
 except ImportError:  # installed where no compiler was found
     _core = None  # type: ignore[assignment]
 
-__all__ = ["CompiledBackend", "available", "describe", "memory_stream", "one_thread", "table_of"]
+__all__ = [
+    "CompiledBackend",
+    "Reader",
+    "available",
+    "describe",
+    "memory_stream",
+    "one_thread",
+    "table_of",
+]
 
 _RULES = {"adam": 0, "sgd": 1}
+_COMPLETE = Outcome(())  # every element was stepped
+
+# Reads the group of an index: what its scalars are computed from, and whether that holds as long
+# as the group's values are the same objects. `None` where the plan no longer fits the group.
+Reader = Callable[[int], tuple[Recipe, bool] | None]
 
 if _core is not None:
     assert len(Scalars._fields) == _core.SCALAR_COUNT, "rules.py and csrc/step.h disagree"
@@ -101,6 +114,10 @@ class CompiledBackend:
 
     Args:
         exchange_api: torch's DLPack exchange table (a capsule), or `None` for NumPy arrays.
+
+    Attributes:
+        others: Whether `rerun` stepped other parameters than when `stepped` was last asked, which
+            rest while they have no gradient.
     """
 
     name = "cpu"
@@ -108,89 +125,88 @@ class CompiledBackend:
     def __init__(self, exchange_api: object | None = None) -> None:
         self._exchange_api = exchange_api
         self._table: Any = None
-        self._buckets: list[tuple[int, int]] = []
-        self._others = False
-        self._counts = "all"  # which rows have a step count of their own
+        self.others = False
 
     def forget(self) -> None:
         """Drop the table: the next step plans anew."""
         self._table = None
 
     @property
-    def buckets(self) -> list[tuple[int, int]]:
-        """(group, step) of the next step of the remembered table; empty without one."""
-        return self._buckets if self._table is not None else []
+    def loaded(self) -> bool:
+        """Whether there is a table to step with."""
+        return self._table is not None
 
     def load(self, plan: Plan) -> list[tuple[int, int]]:
         """Take the rows of a plan; returns the (group, step) pairs it needs scalars for."""
         plan.check_formats()
-        self._table = table = table_of(plan, self._exchange_api)
-        counted = {row.step_address != 0 for _, _, row in plan.rows()}
-        self._counts = "some" if len(counted) == 2 else "all" if True in counted else "none"
-        self._buckets = table.needed()
-        return self._buckets
+        self._table = table_of(plan, self._exchange_api)
+        keys: list[tuple[int, int]] = self._table.needed()
+        return keys
 
     def run(self, plan: Plan, buckets: list[Bucket], *, grad_scale: float, guard: bool) -> Outcome:
         """Take one step of the plan last given to `load`."""
         self._table.run(buckets, grad_scale, guard)
         outcome = Outcome(self._table.untouched())
-        if plan.cacheable:
-            self._buckets = self._table.needed()
-        else:
+        if not plan.cacheable:
             self.forget()
         return outcome
 
     def sum_squares(self, plan: Plan) -> float:
         """Return the sum of squares of the gradients of the plan last given to `load`."""
         del plan
-        return float(self._table.sum_squares(None, None, None))
+        return float(self._table.sum_squares(None, None, None, None, None))
 
     def look(
-        self, params: list[list[Any]], grads: list[Any] | None, states: dict[Any, Any]
-    ) -> float | None:
-        """Return the sum of squares of the gradients; `None` if anything moved.
-
-        The arguments are those of `rerun`, which then takes `None` for `params`.
-        """
-        total = self._table.sum_squares(params, grads, states)
-        return None if total is None else float(total)
-
-    def stepped(self) -> list[Any] | None:
-        """Return the parameters that `rerun` stepped, if they are others than the time before.
-
-        Parameters rest while they have no gradient.
-        """
-        return self._table.stepped() if self._others else None
-
-    def rerun(
         self,
+        groups: list[dict[str, Any]],
         params: list[list[Any]] | None,
         grads: list[Any] | None,
         states: dict[Any, Any],
-        buckets: list[Bucket],
+        read: Reader,
+    ) -> float | None:
+        """Return the sum of squares of the gradients; `None` if anything moved.
+
+        The arguments are those of `rerun`, which then takes `None` for `groups`.
+        """
+        if self._table is None:
+            return None
+        total: float | None = self._table.sum_squares(groups, params, grads, states, read)
+        return total
+
+    def rerun(
+        self,
+        groups: list[dict[str, Any]] | None,
+        params: list[list[Any]] | None,
+        grads: list[Any] | None,
+        states: dict[Any, Any],
+        read: Reader,
         grad_scale: float,
         guard: bool,
     ) -> Outcome | None:
         """Step with the remembered table; `None` if anything moved (nothing is written then).
 
         Args:
-            params: The list of parameters of each group; `None` right after `look`.
+            groups: The param groups; `None` right after `look`.
+            params: The list of parameters of each group; `None` takes `group["params"]`.
             grads: Gradients in the same order; `None` reads `.grad`.
             states: All state of the optimizer.
-            buckets: Scalars for `self.buckets`.
+            read: Reads a group that has changed.
             grad_scale: Multiplies every gradient.
             guard: Leave elements untouched whose new state would not be finite.
         """
-        untouched = self._table.step(params, grads, states, buckets, grad_scale, guard)
+        table = self._table
+        if table is None:
+            return None
+        untouched = table.step(groups, params, grads, states, read, grad_scale, guard)
+        if untouched == 0:
+            return _COMPLETE
         if untouched < 0:
             return None
-        self._others = untouched >= _core.OTHERS_STEPPED
-        if self._others:
-            untouched -= _core.OTHERS_STEPPED
-        if self._counts == "all":
-            self._buckets = [(group, step + 1) for group, step in self._buckets]
-        elif self._counts == "none":  # all later steps are alike
-            self._buckets = list(dict.fromkeys((group, 2) for group, _ in self._buckets))
-        else:
-            self._buckets = self._table.needed()
-        return Outcome(self._table.untouched() if untouched else [])
+        self.others |= untouched >= _core.OTHERS_STEPPED
+        return Outcome(table.untouched())
+
+    def stepped(self) -> list[Any]:
+        """Return the parameters that the last step took."""
+        self.others = False
+        stepped: list[Any] = self._table.stepped()
+        return stepped

@@ -124,7 +124,7 @@ class PureBackend:
     """Runs plans through `ebbtide.reference`. Says once that it is slow."""
 
     name = "pure"
-    buckets: tuple[tuple[int, int], ...] = ()
+    loaded = others = False  # every step is planned anew
     _warned = False
 
     def __init__(self) -> None:
@@ -148,8 +148,9 @@ class PureBackend:
     def look(self, *_: object) -> None:
         """Do nothing: there is no table to look at."""
 
-    def stepped(self) -> None:
-        """Do nothing: no step was taken without a plan."""
+    def stepped(self) -> list[Any]:
+        """Return nothing: no step was taken without a plan."""
+        return []
 
     def rerun(self, *_: object) -> None:
         """Do nothing: there is no table to run again."""

@@ -13,7 +13,6 @@ from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.checkpoint import CheckpointError, Slot, prepare
 from ebbtide.hyperparameters import (
-    GroupReader,
     Options,
     numbers,
     validate_group,
@@ -27,7 +26,8 @@ from ebbtide.plan import (
     clip_scale,
     nonfinite_message,
 )
-from ebbtide.rules import Rule
+from ebbtide.reading import GroupReader
+from ebbtide.rules import Recipe, Rule
 
 __all__ = ["DecayMask", "Grads", "Optimizer", "Params"]
 
@@ -203,6 +203,10 @@ class Optimizer(Options):
             for group in (self.param_groups[part // 2],)
         ]
 
+    def _read(self, part: int) -> tuple[Recipe, bool] | None:
+        found = self._readers[part].read_lastingly(self.param_groups[part // 2])
+        return found if self._backend.loaded else None
+
     @property
     def _looks_first(self) -> bool:
         """Whether a step must have seen all gradients before it begins."""
@@ -210,24 +214,20 @@ class Optimizer(Options):
 
     def _rerun(self, given: list[Array | None]) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
-        backend = self._backend
-        if not backend.buckets:
-            return None
-        buckets = self._buckets(backend.buckets)
-        if not backend.buckets:  # a group has changed so much that the plan was forgotten
-            return None
+        backend, state, lists = self._backend, self.state, self._lists
         guard, scale = self._nonfinite != "propagate", 1.0
-        lists: list[list[Array]] | None = self._lists
-        if self._looks_first:
-            total = backend.look(self._lists, given, self.state)
+        parts = [group for group in self.param_groups for _ in (0, 1)]
+        looked = self._looks_first
+        if looked:
+            total = backend.look(parts, lists, given, state, self._read)
             if total is None or (not math.isfinite(total) and self.nonfinite == "raise"):
                 return None
             scale = self._judge(total)
             if self.last_step_skipped:
                 return Outcome([])
-            lists = None
-        outcome = backend.rerun(lists, given, self.state, buckets, scale, guard)
-        if outcome is not None and backend.stepped() == []:
+        groups = None if looked else parts
+        outcome = backend.rerun(groups, lists, given, state, self._read, scale, guard)
+        if outcome is not None and backend.others and not backend.stepped():
             self._warn_without_gradients(given)
         return outcome
 

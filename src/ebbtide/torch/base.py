@@ -13,16 +13,17 @@ from ebbtide.backends.cpu import CompiledBackend, available
 from ebbtide.backends.pure import PureBackend
 from ebbtide.backends.torch_ops import Verdict
 from ebbtide.hyperparameters import (
-    GroupReader,
     numbers,
     validate_group,
     validate_values,
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
+from ebbtide.reading import GroupReader
+from ebbtide.rules import Recipe
 from ebbtide.torch import ranks
 from ebbtide.torch.devices import ELSEWHERE, Devices, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
-from ebbtide.torch.judgement import judge, judge_plan, looks_first
+from ebbtide.torch.judgement import judge, judge_plan
 from ebbtide.torch.persistence import Persistent
 from ebbtide.torch.rows import Planner
 from ebbtide.torch.running import run_plan
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Optimizer", "new_backend"]
 
+_increment_version = torch._C._increment_version
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 _WATCHED = ("foreach", "differentiable", "fused", "state_format", "master_format")
 
@@ -172,47 +174,41 @@ class Optimizer(Persistent):
         if outcome is None:
             outcome = self._plan_alone()
         if self._stepped and (self._skipped is False or self._skipped is None):
-            torch._C._increment_version(self._stepped)
-        meshes = [] if self._devices.alone else self._meshes  # GPUs let ranks agree later
-        if self._nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), meshes):
-            self._raise_nonfinite(outcome)
+            _increment_version(self._stepped)
+        if outcome.untouched or self._meshes:
+            self._report(outcome)
         return loss
 
     def _rerun(self) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
-        backend = self._backend
-        if not backend.buckets or self._devices.active:
+        backend, groups = self._backend, self.param_groups
+        if self._devices.active:
             return None
-        buckets = self._buckets(backend.buckets)
-        if not backend.buckets:  # a group has changed so much that the plan was forgotten
-            return None
-        params = [group["params"] for group in self.param_groups]
-        scale, looked = 1.0, False
-        if not self._plain:
-            if self._meshes:
-                return None
-            verdict = judge(self, lambda: backend.look(params, None, self.state))
-            if verdict is None:
-                return None
-            if not verdict.apply:
-                return self._skip(verdict)
-            self._note(verdict)
-            scale = float(verdict.scale)
-            looked = verdict.norm is not None
-        outcome = backend.rerun(
-            None if looked else params, None, self.state, buckets, scale, self._guards
-        )
-        if outcome is not None:
-            stepped = backend.stepped()
-            if stepped is not None:
-                self._stepped = stepped
-                self._warn_without_gradients(5)
+        plain = self._clip_grad_norm is None and self._nonfinite != "skip"  # not looks_first(self)
+        if plain and not hasattr(self, "found_inf"):
+            guard = self._nonfinite != "propagate"
+            outcome = backend.rerun(groups, None, None, self.state, self._read, 1.0, guard)
+        else:
+            outcome = self._rerun_judged()
+        if backend.others and outcome is not None:
+            self._stepped = backend.stepped()
+            self._warn_without_gradients(5)
         return outcome
 
-    @property
-    def _plain(self) -> bool:
-        """Whether a step needs nothing but the gradients."""
-        return not looks_first(self) and not hasattr(self, "found_inf")
+    def _rerun_judged(self) -> Outcome | None:
+        """Run the remembered plan again with what of the gradients is to be applied."""
+        backend, groups, state, read = self._backend, self.param_groups, self.state, self._read
+        if self._meshes or not backend.loaded:
+            return None
+        verdict = judge(self, lambda: backend.look(groups, None, None, state, read))
+        if verdict is None:
+            return None
+        if not verdict.apply:
+            return self._skip(verdict)
+        self._note(verdict)
+        given = groups if verdict.norm is None else None
+        scale = float(verdict.scale)
+        return backend.rerun(given, None, None, state, read, scale, self._guards)
 
     @property
     def _guards(self) -> bool:
@@ -232,8 +228,7 @@ class Optimizer(Persistent):
     def _plan_and_run(self) -> Outcome:
         again = self._devices.rerun(self)
         if again is not None:
-            again.untouched.extend(self._launched().untouched)
-            return again
+            return Outcome([*again.untouched, *self._launched().untouched])
         self._meshes = ranks.meshes_of(p for group in self.param_groups for p in group["params"])
         planner = Planner(self._rule, self.state, decides(self))
         for index, group in enumerate(self.param_groups):
@@ -255,7 +250,7 @@ class Optimizer(Persistent):
         if not planner.tensors:
             self._warn_without_gradients(6)
         if any(planner.launched.rows()):
-            outcome.untouched.extend(self._launched().untouched)
+            outcome = Outcome([*outcome.untouched, *self._launched().untouched])
         return outcome
 
     def _launched(self) -> Outcome:
@@ -291,6 +286,10 @@ class Optimizer(Persistent):
             for index, step in keys
         ]
 
+    def _read(self, index: int) -> tuple[Recipe, bool] | None:
+        found = self._reader(index).read_lastingly(self.param_groups[index])
+        return found if self._backend.loaded else None
+
     def _reader(self, index: int) -> GroupReader:
         readers = self._readers
         while len(readers) <= index:
@@ -323,6 +322,12 @@ class Optimizer(Persistent):
             "step() saw no gradients: nothing was updated. Was backward() called?",
             stacklevel=stacklevel,
         )
+
+    def _report(self, outcome: Outcome) -> None:
+        """Raise where elements were left untouched, on this rank or on another."""
+        meshes = [] if self._devices.alone else self._meshes  # GPUs let ranks agree later
+        if self._nonfinite == "raise" and ranks.any_rank(bool(outcome.untouched), meshes):
+            self._raise_nonfinite(outcome)
 
     def _raise_nonfinite(self, outcome: Outcome) -> None:
         flat = self._named()

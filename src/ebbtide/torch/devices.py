@@ -204,14 +204,11 @@ def _rerun_beside(
     optimizer: Optimizer, params: list[list[torch.Tensor]], watch: Watch
 ) -> Outcome | None:
     """Take the CPU's part of a step; `None` if anything moved."""
-    backend = optimizer._backend
-    buckets = optimizer._buckets(backend.buckets)
-    if not backend.buckets:
-        return None
-    outcome = backend.rerun(params, None, optimizer.state, buckets, 1.0, optimizer._guards)
-    stepped = None if outcome is None else backend.stepped()
-    if stepped is not None:
-        optimizer._stepped = stepped + watch.stepped
+    backend, groups, state = optimizer._backend, optimizer.param_groups, optimizer.state
+    guard = optimizer._guards
+    outcome = backend.rerun(groups, params, None, state, optimizer._read, 1.0, guard)
+    if backend.others and outcome is not None:
+        optimizer._stepped = backend.stepped() + watch.stepped
     return outcome
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
+from ebbtide.rules import Recipe
 from ebbtide.torch.base import Optimizer, new_backend
 from ebbtide.torch.rows import Planner
 
@@ -144,6 +145,7 @@ class _Slot:
         self._backend = new_backend()
         self._gpu: TritonBackend | None = None
         self._params = [[param]]
+        self._structure: object = None  # of the group, when this was planned
 
     def collect(self) -> None:
         """Add what a GPU is known to have left untouched."""
@@ -154,10 +156,10 @@ class _Slot:
         """Take the step of this parameter alone."""
         guard = optimizer.nonfinite != "propagate"
         backend = self._backend
-        outcome = None
-        if backend.buckets:
-            buckets = self._buckets(optimizer, backend.buckets[0][1])
-            outcome = backend.rerun(self._params, None, optimizer.state, buckets, 1.0, guard)
+        groups = [optimizer.param_groups[self.group]]
+        outcome = backend.rerun(
+            groups, self._params, None, optimizer.state, lambda _: self._read(optimizer), 1.0, guard
+        )
         if outcome is None:
             with torch.no_grad():
                 planner = Planner(optimizer._rule, optimizer.state)
@@ -192,8 +194,15 @@ class _Slot:
         groups = [optimizer.param_groups[self.group]]
         return self._gpu.run(planner.launched, buckets, grad_scale=1.0, guard=guard, groups=groups)
 
+    def _read(self, optimizer: Optimizer) -> tuple[Recipe, bool] | None:
+        reader = optimizer._reader(self.group)
+        found = reader.read_lastingly(optimizer.param_groups[self.group])
+        return found if reader.structure == self._structure else None
+
     def _buckets(self, optimizer: Optimizer, step: int) -> list[Bucket]:
-        return [each._replace(group=0) for each in optimizer._buckets([(self.group, step)])]
+        buckets = optimizer._buckets([(self.group, step)])
+        self._structure = optimizer._reader(self.group).structure
+        return [each._replace(group=0) for each in buckets]
 
 
 def _hook(owner: weakref.ref[InBackward], index: int) -> Callable[[torch.Tensor], Any]:

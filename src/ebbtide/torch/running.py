@@ -33,19 +33,19 @@ def run_plan(optimizer: Optimizer, planner: Planner, verdict: Verdict) -> Outcom
     hosted = [row for row in planner.tensors if not _reads_on_device(optimizer, row)]
     wanted = dict.fromkeys([*keys, *((row.group, row.next_step()) for row in hosted)])
     buckets = optimizer._buckets(list(wanted))
-    outcome = Outcome([])
+    untouched: list[tuple[int, int]] = []
     if keys:
         scale = float(verdict.scale)
         outcome = backend.run(plan, buckets, grad_scale=scale, guard=optimizer._guards)
+        untouched += outcome.untouched
     if any(planner.launched.rows()):
         optimizer._devices.run(optimizer, planner, float(verdict.scale))
     for target, copy in planner.staged:
         target.copy_(copy)
     if planner.tensors:
         scalars = dict(zip(wanted, (bucket.scalars for bucket in buckets), strict=True))
-        outcome.untouched.extend(_run_tensors(optimizer, planner.tensors, scalars, verdict))
-        outcome.untouched.sort()
-    return outcome
+        untouched += _run_tensors(optimizer, planner.tensors, scalars, verdict)
+    return Outcome(sorted(untouched))
 
 
 def _run_tensors(
