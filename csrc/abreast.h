@@ -5,7 +5,11 @@
 
 namespace ebbtide {
 
+#if defined(__AVX512F__)
 constexpr int kAbreast = 4;
+#else
+constexpr int kAbreast = 2;  // sixteen registers hold no more
+#endif
 constexpr int kWide = kAbreast * kLanes;  // elements
 
 template <typename V>

@@ -108,21 +108,19 @@ class Window8 {
     base_ = (lowest_ >> shift_) - 1;
     *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
   }
-  // Encodes, and returns the exponents, halved, of what will be decoded.
+  // Encodes four vectors, and returns the exponents, halved, of what will be decoded.
   template <bool kOrdinary>
-  EBBTIDE_INLINE WideBits encode(int j, const WideBits& words) {
-    IntLanes codes[kAbreast];  // from the base on
+  EBBTIDE_INLINE void encode(int j, const UintLanes* words, UintLanes* halved) {
+    IntLanes codes[4];  // from the base on
     const UintLanes lowest = splat_bits((base_ + 1) << shift_);
-    const WideBits halved = each_from(j, [&](int i) {
-      const int k = (i - j) / kLanes;
-      const UintLanes bits = load<UintLanes>(bits_ + i);
-      const UintLanes kept = larger(bits + (words.of[k] >> (32 - shift_)), lowest);
+    for (int k = 0; k < 4; ++k) {
+      const UintLanes bits = load<UintLanes>(bits_ + j + k * kLanes);
+      const UintLanes kept = larger(bits + (words[k] >> (32 - shift_)), lowest);
       const IntLanes code = (IntLanes)(kept >> shift_);
       codes[k] = kOrdinary ? code : where(nonzero(bits), code);
-      return (kept >> 1) & 0x7F800000u;
-    });
+      halved[k] = (kept >> 1) & 0x7F800000u;
+    }
     store_above(codes_ + j, codes, base_);
-    return halved;
   }
   uint32_t* bits() { return bits_; }
   // Gathers anew: elements that count as zero become zero, and what rests counts within kDormant of
@@ -235,19 +233,20 @@ class Moments8 {
   }
   template <bool kOrdinary>
   EBBTIDE_INLINE void encode_as(uint32_t word) {
-    for (int j = 0; j < kBlock; j += kWide) {
-      const WideBits words = words_at(j, word);
-      const WideBits halved = second_[0].template encode<kOrdinary>(j, words);
-      IntLanes codes[kAbreast];
-      for (int k = 0; k < kAbreast; ++k) {
+    for (int j = 0; j < kBlock; j += 4 * kLanes) {
+      UintLanes words[4], halved[4];
+      IntLanes codes[4];
+      for (int k = 0; k < 4; ++k) words[k] = word_at(j + k * kLanes, word);
+      second_[0].template encode<kOrdinary>(j, words, halved);
+      for (int k = 0; k < 4; ++k) {
         const Lanes first = load<Lanes>(first_ + j + k * kLanes);
-        const UintLanes ratio = to_bits(first * from_bits(0x5F000000u - halved.of[k]));
+        const UintLanes ratio = to_bits(first * from_bits(0x5F000000u - halved[k]));
         const Lanes root = sqrt(magnitude(from_bits(ratio)) * inverse_);
         const Lanes signed_root = from_bits(to_bits(root) | (ratio & 0x80000000u));
-        codes[k] = truncate(signed_root) + (IntLanes)(words.of[k] & 0xFFFFu);
+        codes[k] = truncate(signed_root) + (IntLanes)(words[k] & 0xFFFFu);
       }
       store_upper(codes_ + j, codes);
-      if constexpr (kCount == 3) second_[1].template encode<kOrdinary>(j, words);
+      if constexpr (kCount == 3) second_[1].template encode<kOrdinary>(j, words, halved);
     }
   }
 

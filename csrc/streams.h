@@ -11,9 +11,11 @@ namespace {
 
 constexpr int kVectors = kBlock / kLanes;
 
+EBBTIDE_INLINE UintLanes word_at(int j, uint32_t block_word) {
+  return load<UintLanes>(&kLaneConstants[size_t(j)]) ^ block_word;
+}
 EBBTIDE_INLINE WideBits words_at(int j, uint32_t block_word) {
-  return each_from(j,
-                   [=](int i) { return load<UintLanes>(&kLaneConstants[size_t(i)]) ^ block_word; });
+  return each_from(j, [=](int i) { return word_at(i, block_word); });
 }
 
 // bfloat16; `round` is what is added below the kept half. Numbers that could overflow, and those
