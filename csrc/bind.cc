@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 #include "stream.h"
@@ -177,35 +178,27 @@ bool refresh(BoundTable& table, nb::handle groups, nb::handle params, nb::handle
 // Added to the count that `step` returns where other parameters were stepped than before.
 constexpr int64_t kOthersStepped = int64_t(1) << 62;
 
-// Without groups the table is as sum_squares has just left it.
+// Clips the global norm to max_norm, which may be infinite, where that is above zero; a norm that
+// is not finite counts as stale: what becomes of such a step is the face's affair.
 int64_t step(BoundTable& table, nb::handle groups, nb::handle params, nb::handle grads,
-             nb::handle states, nb::handle read, double grad_scale, bool guard) {
+             nb::handle states, nb::handle read, double grad_scale, bool guard, double max_norm) {
   const NoCollection off;
   const Busy busy(table.busy);
-  if (!groups.is_none() && !refresh(table, groups, params, grads, states, read)) {
-    return Table::kStale;
-  }
+  if (!refresh(table, groups, params, grads, states, read)) return Table::kStale;
   int64_t result = Table::kStale;
   if (table.prepare()) {
     nb::gil_scoped_release release;
-    result = table.run(grad_scale, guard);
+    if (max_norm > 0) grad_scale *= table.clip(grad_scale, max_norm);
+    if (std::isfinite(grad_scale)) result = table.run(grad_scale, guard);
   }
   table.release_grads();
   return result >= 0 && table.changed() ? result + kOthersStepped : result;
 }
 
-// None if the table is stale.
-nb::object sum_squares(BoundTable& table, nb::handle groups, nb::handle params, nb::handle grads,
-                       nb::handle states, nb::handle read) {
-  const NoCollection off;
+double sum_squares(BoundTable& table) {
   const Busy busy(table.busy);
-  if (!groups.is_none() && !refresh(table, groups, params, grads, states, read)) return nb::none();
-  double total = 0;
-  {
-    nb::gil_scoped_release release;
-    total = table.sum_squares();
-  }
-  return nb::float_(total);
+  nb::gil_scoped_release release;
+  return table.sum_squares();
 }
 
 // For a backend that has rows of its own: kStale, also where others have a gradient than before or
@@ -290,11 +283,11 @@ NB_MODULE(_core, m) {
       .def("add", &add, nb::arg("param"), nb::arg("group"), nb::arg("row").none(),
            nb::arg("state").none(), nb::arg("key"), nb::arg("elsewhere") = false)
       .def("run", &run, nb::arg("buckets"), nb::arg("grad_scale"), nb::arg("guard"))
-      .def("step", &step, nb::arg("groups").none(), nb::arg("params").none(),
-           nb::arg("grads").none(), nb::arg("states").none(), nb::arg("read").none(),
-           nb::arg("grad_scale"), nb::arg("guard"))
-      .def("sum_squares", &sum_squares, nb::arg("groups").none(), nb::arg("params").none(),
-           nb::arg("grads").none(), nb::arg("states").none(), nb::arg("read").none())
+      .def("step", &step, nb::arg("groups"), nb::arg("params").none(), nb::arg("grads").none(),
+           nb::arg("states"), nb::arg("read"), nb::arg("grad_scale"), nb::arg("guard"),
+           nb::arg("max_norm"))
+      .def("sum_squares", &sum_squares)
+      .def_prop_ro("norm", [](const BoundTable& table) { return table.norm; })
       .def("gradients", &gradients, nb::arg("params"), nb::arg("states"), nb::arg("to"))
       .def("place", &place, nb::arg("order"))
       .def("advance", &Table::advance)

@@ -2,8 +2,8 @@
 #pragma once
 #include <Python.h>
 
-#include <cstring>
-#include <stdexcept>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "entry.h"
@@ -40,6 +40,7 @@ class Table {
 
   std::vector<Entry> entries;
   Groups groups;
+  double norm = 0;  // of the gradients that were clipped last, before clipping
 
   // Drops every reference, here and when the cyclic collector asks: parameters can refer to their
   // optimizer through hooks.
@@ -169,6 +170,14 @@ class Table {
     double total = 0;
     for (const double partial : partial_) total += partial;
     return total;
+  }
+
+  // What clips the gradients, times grad_scale, to this norm, as `plan.clip_scale`; NaN where their
+  // norm is not finite.
+  double clip(double grad_scale, double max_norm) {
+    norm = std::sqrt(sum_squares() * (grad_scale * grad_scale));
+    if (!std::isfinite(norm)) return std::numeric_limits<double>::quiet_NaN();
+    return std::min(1.0, max_norm / (norm + 1e-6));
   }
 
   // Writes where the gradients lie, each to its place; whether any lies elsewhere than `to` said.

@@ -154,50 +154,42 @@ class CompiledBackend:
     def sum_squares(self, plan: Plan) -> float:
         """Return the sum of squares of the gradients of the plan last given to `load`."""
         del plan
-        return float(self._table.sum_squares(None, None, None, None, None))
+        return float(self._table.sum_squares())
 
-    def look(
+    @property
+    def norm(self) -> float:
+        """Global norm of the gradients that `rerun` has looked at, before clipping."""
+        return float(self._table.norm)
+
+    def rerun(
         self,
         groups: list[dict[str, Any]],
         params: list[list[Any]] | None,
         grads: list[Any] | None,
         states: dict[Any, Any],
         read: Reader,
-    ) -> float | None:
-        """Return the sum of squares of the gradients; `None` if anything moved.
-
-        The arguments are those of `rerun`, which then takes `None` for `groups`.
-        """
-        if self._table is None:
-            return None
-        total: float | None = self._table.sum_squares(groups, params, grads, states, read)
-        return total
-
-    def rerun(
-        self,
-        groups: list[dict[str, Any]] | None,
-        params: list[list[Any]] | None,
-        grads: list[Any] | None,
-        states: dict[Any, Any],
-        read: Reader,
         grad_scale: float,
         guard: bool,
+        max_norm: float = 0.0,
     ) -> Outcome | None:
-        """Step with the remembered table; `None` if anything moved (nothing is written then).
+        """Step with the remembered table; `None` if that cannot be (nothing is written then).
+
+        That is where anything moved, and where the norm to be looked at is not finite.
 
         Args:
-            groups: The param groups; `None` right after `look`.
+            groups: The param groups.
             params: The list of parameters of each group; `None` takes `group["params"]`.
             grads: Gradients in the same order; `None` reads `.grad`.
             states: All state of the optimizer.
             read: Reads a group that has changed.
             grad_scale: Multiplies every gradient.
             guard: Leave elements untouched whose new state would not be finite.
+            max_norm: Clip the global norm; 0 does not look at it, infinity does and clips nothing.
         """
         table = self._table
         if table is None:
             return None
-        untouched = table.step(groups, params, grads, states, read, grad_scale, guard)
+        untouched = table.step(groups, params, grads, states, read, grad_scale, guard, max_norm)
         if untouched == 0:
             return _COMPLETE
         if untouched < 0:

@@ -125,6 +125,7 @@ class PureBackend:
 
     name = "pure"
     loaded = others = False  # every step is planned anew
+    norm = 0.0
     _warned = False
 
     def __init__(self) -> None:
@@ -144,9 +145,6 @@ class PureBackend:
 
     def forget(self) -> None:
         """Do nothing: every step is planned anew."""
-
-    def look(self, *_: object) -> None:
-        """Do nothing: there is no table to look at."""
 
     def stepped(self) -> list[Any]:
         """Return nothing: no step was taken without a plan."""

@@ -215,18 +215,12 @@ class Optimizer(Options):
     def _rerun(self, given: list[Array | None]) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
         backend, state, lists = self._backend, self.state, self._lists
-        guard, scale = self._nonfinite != "propagate", 1.0
+        guard = self._nonfinite != "propagate"
+        limit = self._clip_grad_norm or (math.inf if self._nonfinite == "skip" else 0.0)
         parts = [group for group in self.param_groups for _ in (0, 1)]
-        looked = self._looks_first
-        if looked:
-            total = backend.look(parts, lists, given, state, self._read)
-            if total is None or (not math.isfinite(total) and self.nonfinite == "raise"):
-                return None
-            scale = self._judge(total)
-            if self.last_step_skipped:
-                return Outcome([])
-        groups = None if looked else parts
-        outcome = backend.rerun(groups, lists, given, state, self._read, scale, guard)
+        outcome = backend.rerun(parts, lists, given, state, self._read, 1.0, guard, limit)
+        if outcome is not None and limit:
+            self.last_grad_norm = backend.norm
         if outcome is not None and backend.others and not backend.stepped():
             self._warn_without_gradients(given)
         return outcome

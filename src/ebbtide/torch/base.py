@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from ebbtide.rules import Recipe
 from ebbtide.torch import ranks
 from ebbtide.torch.devices import ELSEWHERE, Devices, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
-from ebbtide.torch.judgement import judge, judge_plan
+from ebbtide.torch.judgement import judge_plan, loss_scale, scaler_found_inf
 from ebbtide.torch.persistence import Persistent
 from ebbtide.torch.rows import Planner
 from ebbtide.torch.running import run_plan
@@ -181,34 +182,29 @@ class Optimizer(Persistent):
 
     def _rerun(self) -> Outcome | None:
         """Run the remembered plan again, if nothing has moved: the usual step."""
-        backend, groups = self._backend, self.param_groups
-        if self._devices.active:
+        backend, scaled, scale = self._backend, hasattr(self, "found_inf"), 1.0
+        limit = self._clip_grad_norm
+        if limit is None and self._nonfinite == "skip":
+            limit = math.inf
+        if self._devices.active or (self._meshes and (scaled or limit)):
             return None
-        plain = self._clip_grad_norm is None and self._nonfinite != "skip"  # not looks_first(self)
-        if plain and not hasattr(self, "found_inf"):
-            guard = self._nonfinite != "propagate"
-            outcome = backend.rerun(groups, None, None, self.state, self._read, 1.0, guard)
-        else:
-            outcome = self._rerun_judged()
-        if backend.others and outcome is not None:
-            self._stepped = backend.stepped()
-            self._warn_without_gradients(5)
+        if scaled:
+            if not backend.loaded:
+                return None
+            if scaler_found_inf(self):
+                return self._skip(Verdict(apply=False))
+            scale = 1.0 / loss_scale(self)
+        guard = self._nonfinite != "propagate" and not scaled
+        outcome = backend.rerun(
+            self.param_groups, None, None, self.state, self._read, scale, guard, limit or 0.0
+        )
+        if outcome is not None:
+            if limit:
+                self._grad_norm = backend.norm
+            if backend.others:
+                self._stepped = backend.stepped()
+                self._warn_without_gradients(5)
         return outcome
-
-    def _rerun_judged(self) -> Outcome | None:
-        """Run the remembered plan again with what of the gradients is to be applied."""
-        backend, groups, state, read = self._backend, self.param_groups, self.state, self._read
-        if self._meshes or not backend.loaded:
-            return None
-        verdict = judge(self, lambda: backend.look(groups, None, None, state, read))
-        if verdict is None:
-            return None
-        if not verdict.apply:
-            return self._skip(verdict)
-        self._note(verdict)
-        given = groups if verdict.norm is None else None
-        scale = float(verdict.scale)
-        return backend.rerun(given, None, None, state, read, scale, self._guards)
 
     @property
     def _guards(self) -> bool:

@@ -18,30 +18,12 @@ from ebbtide.torch.tensors import grad_of
 if TYPE_CHECKING:
     from ebbtide.torch.base import Optimizer
 
-__all__ = ["judge", "judge_plan", "looks_first"]
+__all__ = ["judge_plan", "looks_first", "loss_scale", "scaler_found_inf"]
 
 
 def looks_first(optimizer: Optimizer) -> bool:
     """Tell whether a step must have seen all gradients before it begins."""
     return optimizer._clip_grad_norm is not None or optimizer._nonfinite == "skip"
-
-
-def judge(optimizer: Optimizer, look: Callable[[], float | None]) -> Verdict | None:
-    """Decide what of the gradients is applied; `None` if only a new plan can tell.
-
-    Args:
-        optimizer: Its options decide, and what a GradScaler left in `found_inf` and `grad_scale`.
-        look: Returns the sum of squares of all gradients, `None` if the plan is stale.
-    """
-    if _scaler_found_inf(optimizer):
-        return Verdict(apply=False)
-    scale = 1.0 / _loss_scale(optimizer)
-    if not looks_first(optimizer):
-        return Verdict(scale)
-    total = look()
-    if total is None or (not math.isfinite(total) and optimizer.nonfinite == "raise"):
-        return None
-    return _clipped(optimizer, total, scale)
 
 
 def judge_plan(
@@ -50,7 +32,7 @@ def judge_plan(
     """Decide what of the gradients of a new plan is applied.
 
     Args:
-        optimizer: As in `judge`.
+        optimizer: Its options decide, and what a GradScaler left in `found_inf` and `grad_scale`.
         planner: Holds the plan; nothing of it has been committed.
         new_backend: Makes a backend that knows nothing of the state, which is not there yet.
     """
@@ -59,11 +41,15 @@ def judge_plan(
     on_device = rows and alone and all(row.capturable for row in rows)
     if on_device and not optimizer._meshes:  # sums over ranks wait for the device
         return _judge_on_device(optimizer, [row.grad for row in rows])
-    verdict = judge(optimizer, lambda: _sum_squares(optimizer, planner, new_backend))
-    if verdict is None:  # some elements are not finite: clip the others by their own norm
-        total = _sum_squares(optimizer, planner, None)
-        verdict = _clipped(optimizer, total, 1.0 / _loss_scale(optimizer))
-    return verdict
+    if scaler_found_inf(optimizer):
+        return Verdict(apply=False)
+    scale = 1.0 / loss_scale(optimizer)
+    if not looks_first(optimizer):
+        return Verdict(scale)
+    total = _sum_squares(optimizer, planner, new_backend)
+    if optimizer.nonfinite == "raise" and not math.isfinite(total):
+        total = _sum_squares(optimizer, planner, None)  # the others are clipped by their own norm
+    return _clipped(optimizer, total, scale)
 
 
 def _clipped(optimizer: Optimizer, total: float, scale: float) -> Verdict:
@@ -115,12 +101,14 @@ def _sum_squares(
     return ranks.sum_squares(planner.plan, of_part)
 
 
-def _loss_scale(optimizer: Optimizer) -> float:
+def loss_scale(optimizer: Optimizer) -> float:
+    """Return by how much a GradScaler has multiplied the gradients."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
-def _scaler_found_inf(optimizer: Optimizer) -> bool:
+def scaler_found_inf(optimizer: Optimizer) -> bool:
+    """Tell whether a GradScaler has found, on any rank, a gradient that is not finite."""
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is None:
         return False
