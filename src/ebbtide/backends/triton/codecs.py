@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ebbtide.backends.triton.arithmetic import flushed, product, total
+
 __all__ = [
-    "block_words", "close", "flushed", "joined", "opened", "pointer", "put",
+    "block_words", "close", "joined", "opened", "pointer", "put",
     "residual_pointer", "split", "take",
 ]  # fmt: skip
 
@@ -71,16 +73,6 @@ def put(
 
 
 @triton.jit
-def flushed(x: tl.tensor) -> tl.tensor:
-    """Replace magnitudes below the smallest normal number by zero, as the CPU's kernels do."""
-    if x.dtype == tl.float64:
-        kept = tl.where(tl.abs(x) < 2.2250738585072014e-308, x * 0.0, x)
-    else:
-        kept = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)
-    return kept
-
-
-@triton.jit
 def opened(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """Decode loaded codes to the numbers that the rules work on."""
     if FORMAT == _BFLOAT16:
@@ -94,10 +86,21 @@ def opened(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def close(
-    number: tl.tensor, bits: tl.tensor, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr
+    number: tl.tensor,
+    bits: tl.tensor,
+    FORMAT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    USUAL: tl.constexpr = False,
 ) -> tl.tensor:
-    """Encode numbers; `bits` are 32 random ones of each element."""
-    if FORMAT == _BFLOAT16:
+    """Encode numbers; `bits` are 32 random ones of each element.
+
+    USUAL promises that no number comes near the largest one.
+    """
+    if FORMAT == _BFLOAT16 and USUAL:
+        u = flushed(number).to(tl.uint32, bitcast=True)
+        below = bits >> 16 if STOCHASTIC else ((u >> 16) & 1) + 0x7FFF
+        code = ((u + below) >> 16).to(tl.uint16)
+    elif FORMAT == _BFLOAT16:
         code = _to_bfloat16(flushed(number), bits, STOCHASTIC)
     elif FORMAT == _FLOAT16:
         code = _to_float16(flushed(number), bits, STOCHASTIC)
@@ -109,46 +112,59 @@ def close(
 @triton.jit
 def joined(high: tl.tensor, low: tl.tensor, FORMAT: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """Return the numbers that codes of 16 bits and residuals of BITS bits stand for."""
-    low = low.to(tl.int32)
-    low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low) * (1 << (16 - BITS))
+    high = high.to(tl.uint32) << 16
+    position = (high & 0x7FFFFFFF).to(tl.int32) + low.to(tl.int32) * (1 << (16 - BITS))
+    position = tl.maximum(position, 0)  # a zero that was set from outside has no residual
     if FORMAT == _FLOAT16:
-        position = ((high & 0x7FFF).to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low
         small = position.to(tl.float32) * 9.094947017729282e-13  # 2^-40
         normal = ((position >> 3) + (112 << 23)).to(tl.float32, bitcast=True)
-        magnitude = tl.where(position < 0x4000000, small, normal).to(tl.uint32, bitcast=True)
-        sign = (high & 0x8000).to(tl.uint32) << 16
-        number = (magnitude | sign).to(tl.float32, bitcast=True)
-        number = tl.where((high & 0x7FFF) < 0x7C00, number, opened(high, FORMAT))
-    else:
-        bits = (high.to(tl.uint32) << 16).to(tl.int32, bitcast=True) + low
-        number = bits.to(tl.float32, bitcast=True)
+        position = tl.where(position < 0x4000000, small, normal).to(tl.int32, bitcast=True)
+    number = (position.to(tl.uint32) | (high & 0x80000000)).to(tl.float32, bitcast=True)
+    if FORMAT == _FLOAT16:
+        is_finite = (high & 0x7FFFFFFF) < 0x7C000000
+        number = tl.where(is_finite, number, opened((high >> 16).to(tl.uint16), FORMAT))
     return flushed(number)
 
 
 @triton.jit
 def split(
-    number: tl.tensor, bits: tl.tensor, FORMAT: tl.constexpr, BITS: tl.constexpr
+    number: tl.tensor,
+    bits: tl.tensor,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    USUAL: tl.constexpr = False,
 ) -> tl.tensor:
-    """Return codes of 16 bits and the residuals of BITS bits that complete them."""
-    number = flushed(number)
-    u = number.to(tl.uint32, bitcast=True)
-    sign = (u >> 16) & 0x8000
+    """Return codes of 16 bits and the residuals of BITS bits that complete them; USUAL as there."""
+    u = flushed(number).to(tl.uint32, bitcast=True)
+    if FORMAT == _BFLOAT16 and USUAL:
+        position = u + (bits >> 24) if BITS == 8 else u
+        codes = ((position + 0x8000) >> 16).to(tl.uint16)
+    else:
+        position, codes = _split_with_care(u, bits, FORMAT, BITS)
+    # The rest of it, signed.
+    return codes, (position >> 8).to(tl.int8) if BITS == 8 else position.to(tl.int16)
+
+
+@triton.jit
+def _split_with_care(
+    u: tl.tensor, bits: tl.tensor, FORMAT: tl.constexpr, BITS: tl.constexpr
+) -> tl.tensor:
     magnitude = u & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
-    position = tl.where(finite, magnitude, 0)
-    last: tl.constexpr = 0x7BFF7FFF if FORMAT == _FLOAT16 else 0x7F7FFFFF
+    quiet = tl.where(magnitude > 0x7F800000, 0x400000, 0).to(tl.uint32)
     if FORMAT == _FLOAT16:
-        position = _float16_position(position)
+        position = _float16_position(tl.where(finite, magnitude, 0))
+        last = 0x7BFF7FFF
+        special = 0x7C000000 | (quiet << 3)
+    else:
+        position = magnitude
+        last = 0x7F7FFFFF
+        special = (magnitude & 0x7FFF0000) | quiet
     if BITS == 8:
         position = tl.minimum(position + (bits >> 24), last) & 0xFFFFFF00
-    high = (position + 0x8000) >> 16
-    low = (position.to(tl.int32) - (high << 16).to(tl.int32)) >> (16 - BITS)
-    if FORMAT == _FLOAT16:
-        special = _to_float16(number, bits, False)
-    else:
-        special = _to_bfloat16(number, bits, False)
-    codes = tl.where(finite, (sign | high).to(tl.uint16), special)
-    return codes, low.to(tl.int8) if BITS == 8 else low.to(tl.int16)
+    position = tl.where(finite, position, special)
+    codes = (((position + 0x8000) | (u & 0x80000000)) >> 16).to(tl.uint16)
+    return position, codes
 
 
 @triton.jit
@@ -183,8 +199,8 @@ def _to_float16(x: tl.tensor, bits: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.t
     below = bits >> 19 if STOCHASTIC else ((u >> 13) & 1) + 0xFFF
     normal = tl.minimum(((magnitude + below) >> 13) - (112 << 10), 0x7BFF)
     # Below 2^-14: a multiple of 2^-24.
-    small = tl.minimum(magnitude, 113 << 23).to(tl.float32, bitcast=True) * 16777216.0
-    small = (small + below.to(tl.int32).to(tl.float32) * 0.0001220703125).to(tl.int32)
+    small = product(tl.minimum(magnitude, 113 << 23).to(tl.float32, bitcast=True), 16777216.0)
+    small = total(small, below.to(tl.int32).to(tl.float32) * 0.0001220703125).to(tl.int32)
     rounded = tl.where(magnitude < (113 << 23), small.to(tl.uint32), normal)
     rounded = tl.where(magnitude == 0x7F800000, 0x7C00, rounded)
     rounded = tl.where(magnitude > 0x7F800000, 0x7E00, rounded)

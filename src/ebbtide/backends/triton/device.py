@@ -16,6 +16,8 @@ from ebbtide.backends.triton.tables import (
     Kind,
     Launch,
     Uploader,
+    counts_plainly,
+    is_plain,
     kind_of,
     lane_constants,
     numbers_of,
@@ -25,12 +27,13 @@ from ebbtide.rules import Rule, Scalars
 
 __all__ = ["BLOCKS", "Device", "Question", "Ranks"]
 
-# Blocks of 128 elements in a tile, and warps of a program by the bytes of the narrowest array: a
-# thread then takes 16 bytes of that at once.
-BLOCKS = 8
-WARPS = {1: 2, 2: 4, 4: 8, 8: 8}
+# Blocks of 128 elements in a tile, and warps of a program by the bytes of the narrowest array. With
+# one warp a thread has 16 elements, so that it takes 16 bytes of an array of eight bits at once; a
+# reduction needs no barrier, and what a program must look up costs little for each element.
+BLOCKS = 4
+WARPS = {1: 1, 2: 1, 4: 1, 8: 2}
 # Programs that sum squares, at most: their sums are added by one program.
-SUMMING = 1024
+SUMMING = 4096
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -119,6 +122,7 @@ class Device:
         self._counters: list[_Counter] = []
         self._counted: list[torch.Tensor] = []
         self._sent: dict[str, Any] = {}
+        self._counts_plainly = False
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._table = self._grads = self._row_of_tile = self._lanes[:0]
 
@@ -178,7 +182,7 @@ class Device:
             sums = torch.empty(size, dtype=torch.float64, device=self.device)
             self.launcher.launch(
                 norm.sum_squares, size, (self._table, self._grads, self._row_of_tile, tiles, sums),
-                {"FINITE_ONLY": question.finite_only, "SIZE": BLOCKS * BLOCK}, warps=4,
+                {"FINITE_ONLY": question.finite_only, "SIZE": BLOCKS * BLOCK}, warps=2,
             )  # fmt: skip
         return sums
 
@@ -211,7 +215,7 @@ class Device:
         judged: bool,
     ) -> None:
         asked = question or Question()
-        numbers, sources = self._hyperparameters(groups)
+        numbers, sources = self._hyperparameters(rule, groups)
         counters, scalars = self._counted or [self._nothing, self.verdict]
         found_inf, loss_scale = asked.found_inf, asked.loss_scale
         with self._on_device():
@@ -246,10 +250,15 @@ class Device:
         self._runs += 1
         with self._on_device():
             scalars = self._send_scalars(buckets, grad_scale)
+            plain = all(is_plain(rule, each.scalars) for each in buckets)
             for launch in self._launches:
-                if launch.tiles:
-                    there = self._counted[1] if launch.kind.counts_on_device else scalars
-                    self._launch(rule, launch, there, guard=guard, judged=judged)
+                if not launch.tiles:
+                    continue
+                if launch.kind.counts_on_device:
+                    there = self._counted[1]
+                    self._launch(rule, launch, there, guard, judged, self._counts_plainly)
+                else:
+                    self._launch(rule, launch, scalars, guard, judged, plain)
         for counter in self._counters:
             counter.value += 1
         self._keys = [key.next() for key in self._keys]
@@ -257,7 +266,13 @@ class Device:
             self._captured.append((dict(self._parts), self._counted, self.verdict, self._spoilt))
 
     def _launch(
-        self, rule: Rule, launch: Launch, scalars: torch.Tensor, *, guard: bool, judged: bool
+        self,
+        rule: Rule,
+        launch: Launch,
+        scalars: torch.Tensor,
+        guard: bool,
+        judged: bool,
+        plain: bool,
     ) -> None:
         kind = launch.kind
         self.launcher.launch(
@@ -270,7 +285,7 @@ class Device:
                 "RULE": 0 if rule.name == "adam" else 1, "PARAM": kind.param,
                 "RESIDUAL": kind.residual_bits, "GRAD": kind.grad, "STATE0": kind.state[0],
                 "STATE1": kind.state[1], "STATE2": kind.state[2], "STOCHASTIC": kind.stochastic,
-                "GUARD": guard, "JUDGED": judged, "BLOCKS": BLOCKS,
+                "GUARD": guard, "JUDGED": judged, "PLAIN": plain, "BLOCKS": BLOCKS,
             },
             warps=WARPS[kind.narrowest],
         )  # fmt: skip
@@ -339,7 +354,7 @@ class Device:
         self._parts["scalars"] = [self._uploader.send_numbers("scalars", flat)]
         return self._parts["scalars"][0]
 
-    def _hyperparameters(self, groups: Groups) -> list[torch.Tensor]:
+    def _hyperparameters(self, rule: Rule, groups: Groups) -> list[torch.Tensor]:
         """Return the numbers of the groups on the device; sent where they have changed."""
         if not self._counted:
             return [self.verdict, self._nothing]
@@ -350,6 +365,7 @@ class Device:
             torch.tensor(numbers, dtype=torch.float64), torch.tensor(sources, dtype=torch.int64)
         ]  # fmt: skip
         self._sent["numbers"] = (numbers, sources)
+        self._counts_plainly = counts_plainly(rule, numbers, sources)
         return self._send("numbers", parts)
 
     def _send(self, slot: str, parts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ebbtide.backends.triton.arithmetic import product
 from ebbtide.backends.triton.codecs import (
     block_words,
     close,
@@ -21,7 +22,13 @@ from ebbtide.backends.triton.codecs import (
     split,
     take,
 )
-from ebbtide.backends.triton.moments import close_moments, open_moments
+from ebbtide.backends.triton.moments import (
+    are_holdable,
+    close_moments,
+    close_ordinary,
+    extremes,
+    open_moments,
+)
 from ebbtide.backends.triton.rows import (
     ROW_ALIGNED,
     ROW_BLOCKS,
@@ -37,7 +44,7 @@ from ebbtide.backends.triton.rows import (
     ROW_WIDTH,
     located,
 )
-from ebbtide.backends.triton.rules import adam, sgd
+from ebbtide.backends.triton.rules import adam_moments, adam_param, are_usual, sgd
 
 __all__ = ["step"]
 
@@ -51,7 +58,8 @@ _SEED = tl.constexpr(16)
 _SCALE = tl.constexpr(0)
 _APPLY = tl.constexpr(1)
 
-_SIGNED8 = tl.constexpr(4)  # ebbtide.plan.Format
+_FLOAT64 = tl.constexpr(1)  # ebbtide.plan.Format
+_SIGNED8 = tl.constexpr(4)
 
 
 @triton.jit
@@ -74,6 +82,7 @@ def step(
     STOCHASTIC: tl.constexpr,
     GUARD: tl.constexpr,
     JUDGED: tl.constexpr,
+    PLAIN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
     """Step one tile.
@@ -98,6 +107,7 @@ def step(
         STOCHASTIC: Round the parameter stochastically.
         GUARD: Leave elements untouched whose new state would not be finite.
         JUDGED: Whether the verdict has a say.
+        PLAIN: Whether `tables.is_plain` of all scalars.
         BLOCKS: Blocks of a tile.
     """
     if JUDGED:  # noqa: SIM102
@@ -111,7 +121,7 @@ def step(
     whole = (first + BLOCKS) * 128 <= tl.load(row + ROW_NUMEL)
     if (tl.load(row + ROW_ALIGNED) != 0) & (grad % 16 == 0) & whole:
         _step_tile(row, grad, first, scalars, verdict, lanes, spoilt, alarm, RULE, PARAM,
-                   RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, BLOCKS,
+                   RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, PLAIN, BLOCKS,
                    True)  # fmt: skip
     else:
         # Block by block: a tile of masked elements would need half as many registers again, for
@@ -119,7 +129,7 @@ def step(
         blocks = tl.minimum(first + BLOCKS, tl.load(row + ROW_BLOCKS))
         for block in range(first, blocks):
             _step_tile(row, grad, block, scalars, verdict, lanes, spoilt, alarm, RULE, PARAM,
-                       RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, 1,
+                       RESIDUAL, GRAD, STATE0, STATE1, STATE2, STOCHASTIC, GUARD, JUDGED, PLAIN, 1,
                        False)  # fmt: skip
 
 
@@ -143,6 +153,7 @@ def _step_tile(
     STOCHASTIC: tl.constexpr,
     GUARD: tl.constexpr,
     JUDGED: tl.constexpr,
+    PLAIN: tl.constexpr,
     BLOCKS: tl.constexpr,
     FAST: tl.constexpr,
 ) -> None:
@@ -153,48 +164,82 @@ def _step_tile(
     grad_scale = tl.load(s + _GRAD_SCALE)
     if JUDGED:
         grad_scale = grad_scale * tl.load(verdict + _SCALE)
-    grad = grad * grad_scale.to(param.dtype)
-    state0 = param
-    state1 = param
-    state2 = param
+    grad = product(grad, grad_scale.to(param.dtype))
     if STATE0 == _SIGNED8:
         state0, state1, state2 = open_moments(row, first, at, inside, STATE2 >= 0, BLOCKS, FAST)
     else:
-        if STATE0 >= 0:
-            state0 = _open_state(row, 0, at, inside, STATE0, FAST)
-        if STATE1 >= 0:
-            state1 = _open_state(row, 1, at, inside, STATE1, FAST)
-        if STATE2 >= 0:
-            state2 = _open_state(row, 2, at, inside, STATE2, FAST)
+        state0 = _open_state(row, 0, param, at, inside, STATE0, FAST)
+        state1 = _open_state(row, 1, param, at, inside, STATE1, FAST)
+        state2 = _open_state(row, 2, param, at, inside, STATE2, FAST)
     new1 = state1
     new2 = state2
     if RULE == 0:
-        new, new0, new1, new2, witness = adam(param, grad, state0, state1, state2, s, STATE2 >= 0)
+        new0, new1, new2 = adam_moments(param, grad, state0, state1, state2, s, STATE2 >= 0, PLAIN)
+        if FAST and PLAIN and PARAM != _FLOAT64:  # noqa: SIM102
+            if are_usual(param, new0, new2, s):
+                _close_usual(row, s, lanes, first, at, inside, param, new0, new1, new2, PARAM,
+                             RESIDUAL, STATE0, STATE1, STATE2, STOCHASTIC, BLOCKS)  # fmt: skip
+                return
+        new = adam_param(param, new0, new2, s, PLAIN, False)
+        witness = new1
     else:
-        new, new0, witness = sgd(param, grad, state0, s, STATE0 >= 0)
+        new, new0, witness = sgd(param, grad, state0, s, STATE0 >= 0, PLAIN)
     if GUARD:
         finite = witness - witness == 0
-        new = tl.where(finite, new, param)
-        new0 = tl.where(finite, new0, state0)
-        new1 = tl.where(finite, new1, state1)
-        new2 = tl.where(finite, new2, state2)
         count = tl.sum(tl.sum((inside & (finite == 0)).to(tl.int32), axis=1), axis=0)
         if count > 0:
+            new = tl.where(finite, new, param)
+            new0 = tl.where(finite, new0, state0)
+            new1 = tl.where(finite, new1, state1)
+            new2 = tl.where(finite, new2, state2)
             at_step = tl.load(s + _STEP).to(tl.int64)
             _report(spoilt + tl.load(row + ROW_ENTRY) * 2, alarm, at_step, count)
     for_param, for_state = _bits(row, s, lanes, first, BLOCKS)
-    _close_param(row, new, for_param, at, inside, PARAM, RESIDUAL, STOCHASTIC, FAST)
+    _close_param(row, new, for_param, at, inside, PARAM, RESIDUAL, STOCHASTIC, FAST, False)
     if STATE0 == _SIGNED8:
         close_moments(row, first, new0, new1, new2, for_state, at, inside, STATE2 >= 0, BLOCKS,
                       FAST)  # fmt: skip
     else:
-        # The first moment is rounded to nearest; moments of squares would stall that way.
-        if STATE0 >= 0:
-            _close_state(row, 0, new0, for_state, at, inside, STATE0, False, FAST)
-        if STATE1 >= 0:
-            _close_state(row, 1, new1, for_state, at, inside, STATE1, True, FAST)
-        if STATE2 >= 0:
-            _close_state(row, 2, new2, for_state, at, inside, STATE2, True, FAST)
+        _close_states(row, new0, new1, new2, for_state, at, inside, STATE0, STATE1, STATE2, FAST,
+                      False)  # fmt: skip
+
+
+@triton.jit
+def _close_usual(
+    row: tl.tensor,
+    s: tl.tensor,
+    lanes: tl.tensor,
+    first: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    param: tl.tensor,
+    new0: tl.tensor,
+    new1: tl.tensor,
+    new2: tl.tensor,
+    PARAM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATE0: tl.constexpr,
+    STATE1: tl.constexpr,
+    STATE2: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """Finish a tile of which `are_usual` holds: the same results for half the instructions."""
+    new = adam_param(param, new0, new2, s, True, True)
+    for_param, for_state = _bits(row, s, lanes, first, BLOCKS)
+    _close_param(row, new, for_param, at, inside, PARAM, RESIDUAL, STOCHASTIC, True, True)
+    if STATE0 != _SIGNED8:
+        _close_states(row, new0, new1, new2, for_state, at, inside, STATE0, STATE1, STATE2, True,
+                      True)  # fmt: skip
+    elif STATE2 >= 0:
+        close_moments(row, first, new0, new1, new2, for_state, at, inside, True, BLOCKS, True)
+    else:
+        highest, lowest, largest = extremes(new0, new1)
+        if are_holdable(largest):
+            close_ordinary(row, first, new0, new1, highest, lowest, largest, for_state, at,
+                           BLOCKS)  # fmt: skip
+        else:
+            close_moments(row, first, new0, new1, new2, for_state, at, inside, False, BLOCKS, True)
 
 
 @triton.jit
@@ -226,12 +271,13 @@ def _close_param(
     RESIDUAL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     FAST: tl.constexpr,
+    USUAL: tl.constexpr,
 ) -> None:
     to = pointer(tl.load(row + ROW_PARAM), PARAM, FAST)
     if RESIDUAL == 0:
-        put(to, at, close(param, bits, PARAM, STOCHASTIC), inside, FAST)
+        put(to, at, close(param, bits, PARAM, STOCHASTIC, USUAL), inside, FAST)
     else:
-        codes, low = split(param, bits, PARAM, RESIDUAL)
+        codes, low = split(param, bits, PARAM, RESIDUAL, USUAL)
         put(to, at, codes, inside, FAST)
         to_low = residual_pointer(tl.load(row + ROW_RESIDUAL), RESIDUAL, FAST)
         put(to_low, at, low, inside, FAST)
@@ -241,29 +287,45 @@ def _close_param(
 def _open_state(
     row: tl.tensor,
     index: tl.constexpr,
+    param: tl.tensor,
     at: tl.tensor,
     inside: tl.tensor,
     FORMAT: tl.constexpr,
     FAST: tl.constexpr,
 ) -> tl.tensor:
-    to = pointer(tl.load(row + ROW_STATE + index), FORMAT, FAST)
-    return opened(take(to, at, inside, FAST), FORMAT)
+    """Load a state array; the parameter stands in for one that is not there."""
+    state = param
+    if FORMAT >= 0:
+        to = pointer(tl.load(row + ROW_STATE + index), FORMAT, FAST)
+        state = opened(take(to, at, inside, FAST), FORMAT)
+    return state
 
 
 @triton.jit
-def _close_state(
+def _close_states(
     row: tl.tensor,
-    index: tl.constexpr,
-    state: tl.tensor,
+    new0: tl.tensor,
+    new1: tl.tensor,
+    new2: tl.tensor,
     bits: tl.tensor,
     at: tl.tensor,
     inside: tl.tensor,
-    FORMAT: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    STATE0: tl.constexpr,
+    STATE1: tl.constexpr,
+    STATE2: tl.constexpr,
     FAST: tl.constexpr,
+    USUAL: tl.constexpr,
 ) -> None:
-    to = pointer(tl.load(row + ROW_STATE + index), FORMAT, FAST)
-    put(to, at, close(state, bits, FORMAT, STOCHASTIC), inside, FAST)
+    # The first moment is rounded to nearest; moments of squares would stall that way.
+    if STATE0 >= 0:
+        to = pointer(tl.load(row + ROW_STATE), STATE0, FAST)
+        put(to, at, close(new0, bits, STATE0, False, USUAL), inside, FAST)
+    if STATE1 >= 0:
+        to = pointer(tl.load(row + ROW_STATE + 1), STATE1, FAST)
+        put(to, at, close(new1, bits, STATE1, True, USUAL), inside, FAST)
+    if STATE2 >= 0:
+        to = pointer(tl.load(row + ROW_STATE + 2), STATE2, FAST)
+        put(to, at, close(new2, bits, STATE2, True, USUAL), inside, FAST)
 
 
 @triton.jit

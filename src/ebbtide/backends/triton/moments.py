@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ebbtide.backends.triton.codecs import flushed, pointer, put, take
+from ebbtide.backends.triton.arithmetic import product, quotient, root
+from ebbtide.backends.triton.codecs import pointer, put, take
 from ebbtide.backends.triton.rows import ROW_BLOCKS, ROW_SCALE_OF, ROW_STATE
 
-__all__ = ["close_moments", "open_moments"]
+__all__ = ["are_holdable", "close_moments", "close_ordinary", "extremes", "open_moments"]
 
 _SIGNED8 = tl.constexpr(4)  # ebbtide.plan.Format
 _WINDOW8 = tl.constexpr(5)
@@ -56,6 +57,65 @@ def open_moments(
     scales = tl.load(row + ROW_SCALE_OF).to(tl.pointer_type(tl.float32))
     scale = tl.load(scales + block, mask=there, other=0.0)
     return _opened_first(codes, scale, exp_avg_sq), exp_avg_sq, maximum
+
+
+@triton.jit
+def extremes(first: tl.tensor, second: tl.tensor) -> tl.tensor:
+    """Return, of each block, the bits of the largest and least second moment and largest |m/S|."""
+    bits = second.to(tl.uint32, bitcast=True)
+    largest = tl.max(_magnitude(_ratio(first, bits)), axis=1)
+    return tl.max(bits, axis=1), tl.min(bits, axis=1), largest
+
+
+@triton.jit
+def are_holdable(largest: tl.tensor) -> tl.tensor:
+    """Tell whether blocks can hold a tile of which `rules.are_usual` holds."""
+    return tl.max(largest, axis=0) < _MOST_RATIO
+
+
+@triton.jit
+def close_ordinary(
+    row: tl.tensor,
+    first: tl.tensor,
+    exp_avg: tl.tensor,
+    exp_avg_sq: tl.tensor,
+    highest: tl.tensor,
+    lowest: tl.tensor,
+    largest: tl.tensor,
+    words: tl.tensor,
+    at: tl.tensor,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """Encode the moments of a whole tile that has nothing but what a block can hold, and no zero.
+
+    Args:
+        row: As in `close_moments`.
+        first: As there.
+        exp_avg: As there.
+        exp_avg_sq: As there.
+        highest: From `extremes`.
+        lowest: From there.
+        largest: From there.
+        words: As there.
+        at: As there.
+        BLOCKS: As there.
+    """
+    block = first + tl.arange(0, BLOCKS)
+    shift, base, window = _window_from(highest, lowest)
+    smallest = ((base + 1) << shift)[:, None]
+    bits = exp_avg_sq.to(tl.uint32, bitcast=True)
+    kept = tl.maximum(bits + (words >> (32 - shift)[:, None]), smallest)
+    codes = ((kept >> shift[:, None]) - base[:, None]).to(tl.uint8)
+    put(pointer(tl.load(row + ROW_STATE + 1), _WINDOW8, True), at, codes, codes, True)
+    tl.store(tl.load(row + ROW_SCALE_OF + 1).to(tl.pointer_type(tl.uint16)) + block, window)
+    scale, inverse = _scale_of(largest)
+    ratio = _ratio(exp_avg, kept)
+    size = root(product(tl.abs(ratio), inverse[:, None]), True).to(tl.uint32, bitcast=True)
+    sign = ratio.to(tl.uint32, bitcast=True) & 0x80000000
+    signed = (size | sign).to(tl.float32, bitcast=True).to(tl.int32)
+    codes = ((signed + (words & 0xFFFF).to(tl.int32)) >> 16).to(tl.int8)
+    put(pointer(tl.load(row + ROW_STATE), _SIGNED8, True), at, codes, codes, True)
+    tl.store(tl.load(row + ROW_SCALE_OF).to(tl.pointer_type(tl.float32)) + block, scale)
 
 
 @triton.jit
@@ -165,8 +225,8 @@ def _opened_first(code: tl.tensor, scale: tl.tensor, exp_avg_sq: tl.tensor) -> t
     bits = exp_avg_sq.to(tl.uint32, bitcast=True)
     unit = ((bits >> 1) & _INFINITE).to(tl.float32, bitcast=True)
     number = code.to(tl.float32)
-    factor = scale * 18446744073709551616.0  # 2^64
-    return flushed(number * tl.abs(number) * factor[:, None] * unit)
+    factor = product(scale, 18446744073709551616.0)  # 2^64
+    return product(product(number * tl.abs(number), factor[:, None]), unit)
 
 
 @triton.jit
@@ -180,7 +240,7 @@ def _alive(second: tl.tensor) -> tl.tensor:
 def _ratio(first: tl.tensor, bits: tl.tensor) -> tl.tensor:
     """Return m/S: S is the power of two nearest the root of the number with these bits."""
     inverse = (0x5F000000 - ((bits >> 1) & _INFINITE)).to(tl.float32, bitcast=True)
-    return flushed(first * inverse)
+    return product(first, inverse)
 
 
 @triton.jit
@@ -196,7 +256,7 @@ def _holdable(first: tl.tensor, second: tl.tensor, maximum: tl.tensor) -> tl.ten
     keeps = (bits < _INFINITE) & (bits_of_maximum < _INFINITE)
     bits = tl.minimum(bits, _LARGEST)
     bits_of_maximum = tl.minimum(bits_of_maximum, _LARGEST)
-    first = tl.where(bits != 0, flushed(first), 0.0)
+    first = tl.where(bits != 0, first, 0.0)
     ratio = _ratio(first, bits)
     keeps = keeps & (_magnitude(ratio) < _MOST_RATIO)
     return (
@@ -216,6 +276,12 @@ def _window_of(bits: tl.tensor, ratio: tl.tensor) -> tl.tensor:
     moving = tl.min(tl.where(nonzero & (_magnitude(ratio) != 0), bits, _NONE), axis=1)
     floor = tl.where(highest > _DORMANT, highest - tl.minimum(highest, _DORMANT), 0)
     low = tl.minimum(tl.minimum(moving, highest), tl.maximum(lowest, floor))
+    return _window_from(highest, low)
+
+
+@triton.jit
+def _window_from(highest: tl.tensor, low: tl.tensor) -> tl.tensor:
+    """Return shift, base and window that hold the bits from `low` to `highest`."""
     shift = highest * 0 + 16
     for _ in tl.static_range(7):
         wide = (highest >> shift) - (low >> shift) > 253
@@ -250,14 +316,20 @@ def _encode_first(
         decoded: Bits of the second moments as they will be read, from `_encode_second`.
         words: 32 random bits of each element.
     """
-    largest = tl.max(_magnitude(ratio), axis=1).to(tl.float32, bitcast=True)
-    some = largest >= 8.673617379884035e-19  # 2^-60
-    divisor = tl.where(some, largest, 1.0)
-    scale = tl.where(some, tl.div_rn(largest, largest * 0.0 + 16129.0), 0.0)
-    inverse = tl.div_rn(divisor * 0.0 + 16128.9, divisor) * 4294967296.0  # 2^32
-    inverse = tl.where(some, inverse, 0.0)
+    scale, inverse = _scale_of(tl.max(_magnitude(ratio), axis=1))
     new_ratio = _ratio(first, decoded)
-    root = tl.sqrt_rn(tl.abs(new_ratio) * inverse[:, None]).to(tl.int32)
-    signed = tl.where(new_ratio < 0, -root, root)
+    size = root(product(tl.abs(new_ratio), inverse[:, None])).to(tl.int32)
+    signed = tl.where(new_ratio < 0, -size, size)
     dither = (words & 0xFFFF).to(tl.int32)
     return ((signed + dither) >> 16).to(tl.int8), scale
+
+
+@triton.jit
+def _scale_of(largest: tl.tensor) -> tl.tensor:
+    """Return each block's scale and what m/S is multiplied by, from the bits of its largest."""
+    largest = largest.to(tl.float32, bitcast=True)
+    some = largest >= 8.673617379884035e-19  # 2^-60
+    divisor = tl.where(some, largest, 1.0)
+    scale = tl.where(some, quotient(largest, largest * 0.0 + 16129.0), 0.0)
+    inverse = product(quotient(divisor * 0.0 + 16128.9, divisor), 4294967296.0)  # 2^32
+    return scale, tl.where(some, inverse, 0.0)

@@ -43,7 +43,7 @@ def sum_squares(
         FINITE_ONLY: Leave out elements whose square is not finite.
         SIZE: Elements of a tile.
     """
-    total = tl.full((), 0.0, tl.float64)
+    total = tl.zeros((SIZE,), tl.float64)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         index = tl.load(row_of_tile + tile).to(tl.int64)
         row = rows + index * ROW_WIDTH
@@ -59,7 +59,7 @@ def sum_squares(
             total += _of_tile(address, first, numel, _FLOAT16, FINITE_ONLY, SIZE)
         else:
             total += _of_tile(address, first, numel, _FLOAT64, FINITE_ONLY, SIZE)
-    tl.store(partial + tl.program_id(0), total)
+    tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -71,21 +71,20 @@ def _of_tile(
     FINITE_ONLY: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Sum the squares of one tile; a gradient has no gaps, whatever the blocks of its row."""
+    """Square one tile; a gradient has no gaps, whatever the blocks of its row."""
     at = first + tl.arange(0, SIZE)
-    total = tl.full((), 0.0, tl.float64)
     if (first + SIZE <= numel) & (address % 16 == 0):
-        total += _summed(take(pointer(address, FORMAT, True), at, at, True), FORMAT, FINITE_ONLY)
+        square = _squared(take(pointer(address, FORMAT, True), at, at, True), FORMAT, FINITE_ONLY)
     else:
         codes = take(pointer(address, FORMAT, False), at, at < numel, False)
-        total += _summed(codes, FORMAT, FINITE_ONLY)
-    return total
+        square = _squared(codes, FORMAT, FINITE_ONLY)
+    return square
 
 
 @triton.jit
-def _summed(codes: tl.tensor, FORMAT: tl.constexpr, FINITE_ONLY: tl.constexpr) -> tl.tensor:
+def _squared(codes: tl.tensor, FORMAT: tl.constexpr, FINITE_ONLY: tl.constexpr) -> tl.tensor:
     grad = opened(codes, FORMAT).to(tl.float64)
     square = grad * grad
     if FINITE_ONLY:
         square = tl.where(square - square == 0, square, 0.0)
-    return tl.sum(square, axis=0)
+    return square

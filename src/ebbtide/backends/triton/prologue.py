@@ -104,8 +104,8 @@ def _decide(
     if LOSS_SCALE:
         scale = scale / tl.load(loss_scale).to(tl.float64)
     total = tl.full((), 0.0, tl.float64)
-    for start in range(0, partials, 256):
-        at = start + tl.arange(0, 256)
+    for start in range(0, partials, 1024):
+        at = start + tl.arange(0, 1024)
         total += tl.sum(tl.load(partial + at, mask=at < partials, other=0.0), axis=0)
     total = total * (scale * scale)
     norm = tl.sqrt(total)

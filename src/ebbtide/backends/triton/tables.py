@@ -17,8 +17,18 @@ from ebbtide import codecs
 from ebbtide.backends.triton.prologue import NUMBERS, POLICIES
 from ebbtide.backends.triton.rows import COLUMNS
 from ebbtide.plan import BLOCK, Format, Row
+from ebbtide.rules import Rule, Scalars
 
-__all__ = ["Kind", "Launch", "Uploader", "kind_of", "lane_constants", "numbers_of"]
+__all__ = [
+    "Kind",
+    "Launch",
+    "Uploader",
+    "counts_plainly",
+    "is_plain",
+    "kind_of",
+    "lane_constants",
+    "numbers_of",
+]
 
 _TILES_IN_16_BYTES = 4
 _STEPS_OF_A_PAGE = 64
@@ -274,6 +284,34 @@ def numbers_of(
             numbers.append(0.0 if on_device else float(value))
             sources.append(_source(value) if on_device else 0)
     return numbers, sources
+
+
+def is_plain(rule: Rule, scalars: Scalars) -> bool:
+    """Tell whether a step needs but the usual: no L2, no cautious decay, β1 above 0.5, an eps."""
+    plain = scalars.l2 == 0 == scalars.cautious
+    adam = rule.name == "adam"
+    return plain and not (adam and (scalars.exp_avg_weight > 0.499 or scalars.eps < 1e-30))
+
+
+def counts_plainly(rule: Rule, numbers: list[float], sources: list[int]) -> bool:
+    """Tell whether `is_plain` of all groups whose scalars are computed on the device.
+
+    Args:
+        rule: The update rule.
+        numbers: From `numbers_of`.
+        sources: From there; what is on the device is not known here.
+    """
+    asked = ("weight_decay", "decay_policy", "cautious", "beta1", "eps")
+    for at in range(0, len(numbers), len(NUMBERS)):
+        known = {name: at + NUMBERS.index(name) for name in asked}
+        if any(sources[place] for place in known.values()):
+            return False
+        weight_decay, policy, cautious, beta1, eps = (numbers[place] for place in known.values())
+        l2 = weight_decay if POLICIES[int(policy)] == "l2" else 0.0
+        of_group = Scalars(0, 0, l2, cautious, 0, exp_avg_weight=1 - beta1, eps=eps)
+        if not is_plain(rule, of_group):
+            return False
+    return True
 
 
 def _source(value: torch.Tensor) -> int:
