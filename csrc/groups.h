@@ -44,9 +44,10 @@ class Groups {
   Groups(const Groups&) = delete;
   ~Groups() { clear(); }
 
-  // Reads the groups that are not as they were: `read(index)` gives a Recipe and whether the group
-  // is steady, so that it need not be read again while it holds the same objects; or None where it
-  // has changed so much that the table must be built anew. False then, or with a Python error set.
+  // Reads the groups that are not as they were: `read(index)` gives a Recipe; whether the group is
+  // steady, so that it need not be read again while it holds the same objects; and the decay per
+  // learning rate, or NaN. Or None where the group has changed so much that the table must be built
+  // anew: false then, or with a Python error set.
   bool refresh(PyObject* dicts, PyObject* read) {
     if (!PyList_Check(dicts)) return false;
     for (size_t i = 0; i < size_t(PyList_GET_SIZE(dicts)); ++i) {
@@ -83,6 +84,8 @@ class Groups {
     PyObject* dict = nullptr;
     std::vector<PyObject*> contents;  // key, value, key, value, ...
     PyObject* params = nullptr;       // among them
+    size_t lr = 0;                    // where the learning rate is among them
+    double decay_per_lr = 0;
     Recipe recipe{};
     bool steady = false;
   };
@@ -104,14 +107,28 @@ class Groups {
     }
   }
 
-  static bool is_as_read(const Group& group, PyObject* dict) {
+  // Whether a group is as it was read, or only its learning rate another number in range: a
+  // schedule changes nothing else, in every step.
+  static bool is_as_read(Group& group, PyObject* dict) {
     if (!group.steady || dict != group.dict) return false;
     if (size_t(PyDict_GET_SIZE(dict)) * 2 != group.contents.size()) return false;
-    PyObject* const* known = group.contents.data();
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); known += 2) {
-      if (key != known[0] || value != known[1]) return false;
+    PyObject *key, *value, *lr = nullptr;
+    size_t k = 0;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); k += 2) {
+      if (key != group.contents[k]) return false;
+      if (value == group.contents[k + 1]) continue;
+      if (k + 1 != group.lr || !PyFloat_CheckExact(value)) return false;
+      lr = value;
     }
+    return lr == nullptr || take_rate(group, lr);
+  }
+
+  static bool take_rate(Group& group, PyObject* value) {
+    const double lr = PyFloat_AS_DOUBLE(value), decay = lr * group.decay_per_lr;
+    if (!(lr >= 0 && std::isfinite(lr) && decay < 1)) return false;
+    group.recipe.fixed.lr = lr;
+    group.recipe.fixed.decay = decay;
+    Py_SETREF(group.contents[group.lr], Py_NewRef(value));
     return true;
   }
 
@@ -120,12 +137,14 @@ class Groups {
   static Group held(PyObject* dict) {
     Group group;
     group.dict = Py_NewRef(dict);
+    group.contents.reserve(2 * size_t(PyDict_GET_SIZE(dict)));
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
       group.contents.push_back(Py_NewRef(key));
       group.contents.push_back(Py_NewRef(value));
-      const bool text = PyUnicode_Check(key);
-      if (text && PyUnicode_CompareWithASCIIString(key, "params") == 0) group.params = value;
+      if (!PyUnicode_Check(key)) continue;
+      if (PyUnicode_CompareWithASCIIString(key, "params") == 0) group.params = value;
+      if (PyUnicode_CompareWithASCIIString(key, "lr") == 0) group.lr = group.contents.size() - 1;
     }
     return group;
   }
@@ -136,7 +155,7 @@ class Groups {
     int steady = 0;
     const bool ok =
         answer != nullptr && answer != Py_None &&
-        PyArg_ParseTuple(answer, "O!p", &PyTuple_Type, &recipe, &steady) &&
+        PyArg_ParseTuple(answer, "O!pd", &PyTuple_Type, &recipe, &steady, &group.decay_per_lr) &&
         PyArg_ParseTuple(recipe, "Odd", &numbers, &group.recipe.beta1, &group.recipe.beta2) &&
         read_numbers(numbers, kScalarCount, reinterpret_cast<double*>(&group.recipe.fixed));
     group.steady = ok && steady != 0;

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,40 @@ def test_a_change_steps_as_in_an_optimizer_that_remembers_nothing(
     unchanged = trained(lambda *_: None, remembers=True)
     moves = change is not put_params_into_a_tuple and change is not swap_groups
     assert all(map(torch.equal, quick, unchanged)) != moves
+
+
+@pytest.mark.parametrize("policy", ["l2", "decoupled", "independent", "corrected"])
+def test_a_schedule_steps_under_every_policy_as_fresh_values_do(policy: str) -> None:
+    def stepped(*, remembers: bool) -> Tensor:
+        param = nn.Parameter(torch.linspace(0.5, 1.5, 33))
+        optimizer = AdamW([param], lr=0.1, weight_decay=0.2, decay_policy=policy)
+        for step in range(8):
+            optimizer.param_groups[0]["lr"] = [0.1, 0.07, 0, 0.03, 0.0, np.float32(0.2), 0.09][
+                step % 7
+            ]
+            param.grad = torch.full((33,), math.cos(step))
+            if not remembers:
+                optimizer._reset()
+            optimizer.step()
+        return param.detach()
+
+    assert torch.equal(stepped(remembers=True), stepped(remembers=False))
+
+
+@pytest.mark.parametrize("lr", [-0.1, math.inf, math.nan, 10.0, "0.1", True, None])
+def test_a_bad_learning_rate_in_mid_course_is_refused(lr: object) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([param], lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        param.grad = torch.ones(3)
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["lr"] = lr
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError), match=r"learning rate|share must be below 1"):
+            optimizer.step()
+    assert torch.equal(param.detach(), before)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

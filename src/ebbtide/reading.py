@@ -6,19 +6,34 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ebbtide.hyperparameters import numbers, validate_group
 from ebbtide.rules import Recipe, Rule
 from ebbtide.weight_decay import decay_share, l2_coefficient
 
-__all__ = ["GroupReader"]
+__all__ = ["GroupReader", "Lasting"]
 
 # What a step depends on.
 _READ = ("lr", "weight_decay", "decay_policy", "base_lr", "cautious", "maximize", "seed")
 _READ_ADAM = ("betas", "eps", "bias_correction", "amsgrad")
 _READ_SGD = ("momentum", "dampening", "nesterov")
 _BETAS = len(_READ)  # where they are among what is read
+
+
+class Lasting(NamedTuple):
+    """What was read of a group, and for how long it holds.
+
+    Attributes:
+        recipe: What the scalars are computed from.
+        steady: Whether that holds as long as the group's values are the same objects.
+        decay_per_lr: What the learning rate is multiplied by to give the share that decays; NaN
+            where it is not as simple. With it a learning rate may change without reading anew.
+    """
+
+    recipe: Recipe
+    steady: bool
+    decay_per_lr: float
 
 
 class GroupReader:
@@ -82,11 +97,17 @@ class GroupReader:
         self._seen = values if checked is group else None
         return self._prepared
 
-    def read_lastingly(self, group: Mapping[str, Any]) -> tuple[Recipe, bool]:
-        """Read the group, and tell whether that lasts while its values are the same objects."""
+    def read_lastingly(self, group: Mapping[str, Any]) -> Lasting:
+        """Read the group, and tell how long that lasts."""
         recipe = self.read(group)
-        lasting = self._seen is not None and type(group) is dict
-        return recipe, lasting and not isinstance(group.get("betas"), list)
+        steady = self._seen is not None and type(group) is dict
+        steady = steady and not isinstance(group.get("betas"), list)
+        policy, decay_per_lr = group["decay_policy"], math.nan
+        if policy == "l2" or not self._decays:
+            decay_per_lr = 0.0
+        elif policy == "decoupled" and steady:
+            decay_per_lr = float(group["weight_decay"])
+        return Lasting(recipe, steady, decay_per_lr)
 
     def _values(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         values = (*self._items(group), len(group))

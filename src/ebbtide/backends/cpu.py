@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ebbtide.plan import Bucket, Outcome, Plan
-from ebbtide.rules import Recipe, Scalars
+from ebbtide.reading import Lasting
+from ebbtide.rules import Scalars
 
 try:
     from ebbtide import _core
@@ -34,9 +35,8 @@ __all__ = [
 _RULES = {"adam": 0, "sgd": 1}
 _COMPLETE = Outcome(())  # every element was stepped
 
-# Reads the group of an index: what its scalars are computed from, and whether that holds as long
-# as the group's values are the same objects. `None` where the plan no longer fits the group.
-Reader = Callable[[int], tuple[Recipe, bool] | None]
+# Reads the group of an index. `None` where the plan no longer fits it.
+Reader = Callable[[int], Lasting | None]
 
 if _core is not None:
     assert len(Scalars._fields) == _core.SCALAR_COUNT, "rules.py and csrc/step.h disagree"

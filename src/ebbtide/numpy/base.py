@@ -26,8 +26,8 @@ from ebbtide.plan import (
     clip_scale,
     nonfinite_message,
 )
-from ebbtide.reading import GroupReader
-from ebbtide.rules import Recipe, Rule
+from ebbtide.reading import GroupReader, Lasting
+from ebbtide.rules import Rule
 
 __all__ = ["DecayMask", "Grads", "Optimizer", "Params"]
 
@@ -203,7 +203,7 @@ class Optimizer(Options):
             for group in (self.param_groups[part // 2],)
         ]
 
-    def _read(self, part: int) -> tuple[Recipe, bool] | None:
+    def _read(self, part: int) -> Lasting | None:
         found = self._readers[part].read_lastingly(self.param_groups[part // 2])
         return found if self._backend.loaded else None
 

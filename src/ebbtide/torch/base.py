@@ -19,8 +19,7 @@ from ebbtide.hyperparameters import (
     validate_values,
 )
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
-from ebbtide.reading import GroupReader
-from ebbtide.rules import Recipe
+from ebbtide.reading import GroupReader, Lasting
 from ebbtide.torch import ranks
 from ebbtide.torch.devices import ELSEWHERE, Devices, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
@@ -282,7 +281,7 @@ class Optimizer(Persistent):
             for index, step in keys
         ]
 
-    def _read(self, index: int) -> tuple[Recipe, bool] | None:
+    def _read(self, index: int) -> Lasting | None:
         found = self._reader(index).read_lastingly(self.param_groups[index])
         return found if self._backend.loaded else None
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
-from ebbtide.rules import Recipe
+from ebbtide.reading import Lasting
 from ebbtide.torch.base import Optimizer, new_backend
 from ebbtide.torch.rows import Planner
 
@@ -194,7 +194,7 @@ class _Slot:
         groups = [optimizer.param_groups[self.group]]
         return self._gpu.run(planner.launched, buckets, grad_scale=1.0, guard=guard, groups=groups)
 
-    def _read(self, optimizer: Optimizer) -> tuple[Recipe, bool] | None:
+    def _read(self, optimizer: Optimizer) -> Lasting | None:
         reader = optimizer._reader(self.group)
         found = reader.read_lastingly(optimizer.param_groups[self.group])
         return found if reader.structure == self._structure else None
