@@ -258,7 +258,8 @@ def main(words: list[str] | None = None) -> int:
         run.report["nvidia-smi"] = run.call("card", [*smi.split(), "--format=csv"], 20).strip()
     described = run.work("machine", 90, task="describe")
     if not described:
-        print("\n".join(["no GPU that torch can use: nothing was checked or timed", *summary(run)]))
+        why = run.report["stages"]["machine"].get("output", "")
+        print("\n".join([why, "nothing was checked or timed: is there a GPU?", *summary(run)]))
         return 2
     run.report["machine"] = described[0]
     run.report["bits"] = run.work("bits", 120, task="compare")

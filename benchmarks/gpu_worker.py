@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,7 @@ class Machine:
         """Return what the numbers are taken on."""
         found: dict[str, Any] = {
             "python": platform.python_version(), "torch": torch.__version__,
-            "ebbtide": ebbtide.__version__, "from": ebbtide.__file__, "core": available(),
+            "ebbtide": _version(), "from": ebbtide.__file__, "core": available(),
         }  # fmt: skip
         if self.dry:
             return found
@@ -154,6 +155,13 @@ class Machine:
             self.wait()
             best = min(best, time.perf_counter() - start)
         return 2 * source.nbytes / best
+
+
+def _version() -> str:
+    try:
+        return ebbtide.__version__
+    except PackageNotFoundError:
+        return "not installed"  # its sources are on the path
 
 
 class Contestant:
@@ -282,7 +290,7 @@ def noting(row: Row) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:500]
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         say(row)
         if not isinstance(error, ImportError) and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # raises where a kernel has failed: the process ends

@@ -14,11 +14,13 @@ import ebbtide.torch.base
 import ebbtide.torch.rows
 from ebbtide.backends.triton import tables
 from ebbtide.backends.triton.launching import Launcher
+from tests.compiled import POINTERS
 from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import TRITON_DEVICE_SCALARS
 
 SHAPES: list[tuple[int, ...]] = [(40, 5), (3,), ()]
 WORDS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+DTYPES = {torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @pytest.fixture(params=DEVICES)
@@ -96,6 +98,34 @@ def test_a_binary_is_launched_again_without_triton_looking_at_the_arguments() ->
         ("kernel", (7,), (1, 2), words),
     ]
     assert launcher.launches == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"clip_grad_norm": 1.0}, {"nonfinite": "skip"}, {"lr": torch.tensor(0.02)}],
+    ids=str,
+)
+def test_kernels_are_given_what_they_are_compiled_for(
+    words: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's interpreter does not mind other types; its compiler refuses or mistakes them."""
+    given: list[tuple[Any, tuple[Any, ...]]] = []
+    launch = Launcher.launch
+
+    def noted(
+        self: Any, kernel: Any, programs: int, arguments: Any, *rest: Any, **more: Any
+    ) -> None:
+        given.append((kernel, arguments))
+        launch(self, kernel, programs, arguments, *rest, **more)
+
+    monkeypatch.setattr(Launcher, "launch", noted)
+    lr = words.get("lr", 0.02)
+    run_of(device, **{**words, "lr": lr.to(device) if torch.is_tensor(lr) else lr}).step(2)
+    assert given
+    for kernel, arguments in given:
+        for name, value in zip(kernel.arg_names, arguments, strict=False):
+            if torch.is_tensor(value) and name not in ("found_inf", "loss_scale"):
+                assert DTYPES[value.dtype] == POINTERS[name], name
 
 
 def test_a_plan_is_remembered_while_nothing_moves(
