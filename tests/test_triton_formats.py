@@ -13,7 +13,8 @@ import torch
 from ebbtide.backends.cpu import CompiledBackend
 from ebbtide.backends.triton import kernels, norm, prologue
 from ebbtide.backends.triton.backend import TritonBackend
-from ebbtide.backends.triton.device import Device, Question
+from ebbtide.backends.triton.device import Device
+from ebbtide.backends.triton.question import Question
 from ebbtide.plan import Bucket, Field, Format, Plan, Row, salt_of
 from ebbtide.rules import ADAM, Scalars
 from tests.devices import DEVICES, INTERPRETER, on

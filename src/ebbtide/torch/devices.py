@@ -15,7 +15,7 @@ from ebbtide.torch.watch import Watch
 
 if TYPE_CHECKING:
     from ebbtide.backends.triton.backend import TritonBackend
-    from ebbtide.backends.triton.device import Question
+    from ebbtide.backends.triton.question import Question
     from ebbtide.torch.base import Optimizer
 
 __all__ = ["ELSEWHERE", "Devices", "decides"]
@@ -222,7 +222,7 @@ def _question_of(optimizer: Optimizer, ranks: Ranks | None) -> Question | None:
     skip, clip = optimizer.nonfinite == "skip", optimizer.clip_grad_norm
     if not (scaled or skip or clip is not None):
         return None
-    from ebbtide.backends.triton.device import Question
+    from ebbtide.backends.triton.question import Question
 
     values: dict[str, Any] = {
         "found_inf": getattr(optimizer, "found_inf", None),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ebbtide.backends.triton.device import Device, Groups, Question
+from ebbtide.backends.triton.device import Device, Groups
 from ebbtide.backends.triton.prologue import VERDICT
+from ebbtide.backends.triton.question import Question
 from ebbtide.plan import Bucket, Outcome, Plan
 
 __all__ = ["TritonBackend"]

@@ -12,7 +12,7 @@ import triton.language as tl
 from ebbtide.backends.triton.arithmetic import flushed, product, total
 
 __all__ = [
-    "block_words", "close", "joined", "opened", "pointer", "put",
+    "block_words", "close", "epoch_key", "joined", "opened", "pointer", "put",
     "residual_pointer", "split", "take",
 ]  # fmt: skip
 
@@ -208,7 +208,7 @@ def _to_float16(x: tl.tensor, bits: tl.tensor, STOCHASTIC: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def _mix(x: tl.tensor) -> tl.tensor:
+def mix(x: tl.tensor) -> tl.tensor:
     """Mix 64 bits (the finaliser of splitmix64)."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -217,10 +217,22 @@ def _mix(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def block_words(seed: tl.tensor, step: tl.tensor, salt: tl.tensor, block: tl.tensor) -> tl.tensor:
-    """Return the 32 random bits of each block for the parameter, and those for its state."""
-    key = _mix(_mix(seed) ^ _mix((step >> 7) * 0xD1342543DE82EF95) ^ salt)
-    words = _mix(key ^ (block << 1))
+def epoch_key(seed: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """Return what the random bits of all parameters have in common, the same for 128 steps."""
+    return mix(seed) ^ mix((step >> 7) * 0xD1342543DE82EF95)
+
+
+@triton.jit
+def block_words(key: tl.tensor, step: tl.tensor, salt: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """Return the 32 random bits of each block for the parameter, and those for its state.
+
+    Args:
+        key: From `epoch_key`.
+        step: Count of the step.
+        salt: Of the parameter's name.
+        block: Of the whole parameter.
+    """
+    words = mix(mix(key ^ salt) ^ (block << 1))
     advance = step * 0x9E376A09
     for_param = (words + advance) & 0xFFFFFFFF
     for_state = ((words >> 32) + advance) & 0xFFFFFFFF

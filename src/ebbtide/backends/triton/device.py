@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from ebbtide.backends.triton import kernels, norm, prologue
 from ebbtide.backends.triton.launching import Launcher
+from ebbtide.backends.triton.question import Question
 from ebbtide.backends.triton.tables import (
     Kind,
     Launch,
@@ -21,11 +21,12 @@ from ebbtide.backends.triton.tables import (
     kind_of,
     lane_constants,
     numbers_of,
+    with_key,
 )
 from ebbtide.plan import BLOCK, Bucket, Row
 from ebbtide.rules import Rule, Scalars
 
-__all__ = ["BLOCKS", "Device", "Question", "Ranks"]
+__all__ = ["BLOCKS", "WARPS", "Device", "Groups"]
 
 # Blocks of 128 elements in a tile, and warps of a program by the bytes of the narrowest array. With
 # one warp a thread has 16 elements, so that it takes 16 bytes of an array of eight bits at once; a
@@ -36,55 +37,6 @@ WARPS = {1: 1, 2: 1, 4: 1, 8: 2}
 SUMMING = 4096
 
 Groups = Sequence[Mapping[str, Any]]
-
-
-class Ranks(Protocol):
-    """What adds up over processes, on the device."""
-
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all shards."""
-
-    def largest(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the largest value of any rank."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What has to be decided of a step on the device.
-
-    Attributes:
-        found_inf: What a GradScaler found; the step is dropped where it is not 0.
-        loss_scale: That the gradients are divided by.
-        max_norm: Clip the global norm to this.
-        skip: Drop the step where the norm is not finite.
-        finite_only: Leave elements that are not finite out of the norm.
-        ranks: Of the processes that decide together, `None` for one.
-    """
-
-    found_inf: torch.Tensor | None = None
-    loss_scale: torch.Tensor | None = None
-    max_norm: float | None = None
-    skip: bool = False
-    finite_only: bool = False
-    ranks: Ranks | None = None
-
-    @property
-    def wants_norm(self) -> bool:
-        """Whether the gradients must be summed up first."""
-        return self.max_norm is not None or self.skip
-
-    def on(self, device: torch.device) -> Question:
-        """Return the question with its tensors on a device."""
-        moved = [
-            value
-            if value is None or value.device == device
-            else value.to(device, non_blocking=True)
-            for value in (self.found_inf, self.loss_scale)
-        ]
-        found_inf = moved[0]
-        if self.ranks is not None and found_inf is not None:
-            found_inf = self.ranks.largest(found_inf)
-        return replace(self, found_inf=found_inf, loss_scale=moved[1])
 
 
 class Device:
@@ -335,7 +287,7 @@ class Device:
             launch.row_of_tile = self._row_of_tile[place : place + launch.tiles]
         with self._on_device():
             if counted:
-                shape = (len(counted) // 3, len(Scalars._fields))
+                shape = (len(counted) // 3, len(with_key(Scalars(0, 0, 0, 0, 0))))
                 scalars = torch.empty(shape, dtype=torch.float64, device=self.device)
                 self._counted = [counters, scalars]
             if self._spoilt.shape[0] < entries:
@@ -350,7 +302,7 @@ class Device:
             scalars = found[key.group, key.step]
             step = scalars.step if key.counts else float(self._runs)
             scalars = scalars._replace(grad_scale=scalars.grad_scale * grad_scale, step=step)
-            flat += scalars
+            flat += with_key(scalars)
         self._parts["scalars"] = [self._uploader.send_numbers("scalars", flat)]
         return self._parts["scalars"][0]
 

@@ -49,10 +49,10 @@ from ebbtide.backends.triton.rules import adam_moments, adam_param, are_usual, s
 __all__ = ["step"]
 
 # Columns of the scalars that are read here; the others are read in rules.py.
-_SCALAR_COUNT = tl.constexpr(17)
+_SCALAR_COUNT = tl.constexpr(19)
 _GRAD_SCALE = tl.constexpr(4)
 _STEP = tl.constexpr(15)
-_SEED = tl.constexpr(16)
+_KEY = tl.constexpr(17)  # of codecs.epoch_key, the lower and the upper half
 
 # Columns of the verdict, prologue.py.
 _SCALE = tl.constexpr(0)
@@ -91,7 +91,7 @@ def step(
         rows: `COLUMNS` of each row.
         grads: Address of each row's gradient.
         row_of_tile: Index of the row that a tile belongs to.
-        scalars: `Scalars` of each group and step count, float64.
+        scalars: `Scalars` and key of each group and step count, float64.
         verdict: `VERDICT`; read where JUDGED.
         lanes: The constants of the 128 lanes, for the random bits.
         spoilt: Of each entry of the plan: a step whose gradient was not finite, 0 for none, and
@@ -335,7 +335,7 @@ def _bits(
     """Return the random bits of a tile's elements, for the parameter and for its state."""
     block = tl.load(row + ROW_FIRST_BLOCK) + first + tl.arange(0, BLOCKS)
     for_param, for_state = block_words(
-        tl.load(s + _SEED).to(tl.uint64),
+        tl.load(s + _KEY).to(tl.uint64) | (tl.load(s + _KEY + 1).to(tl.uint64) << 32),
         tl.load(s + _STEP).to(tl.uint64),
         tl.load(row + ROW_SALT).to(tl.uint64, bitcast=True),
         block.to(tl.uint64),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ebbtide.backends.triton.codecs import epoch_key
+
 __all__ = ["NUMBERS", "POLICIES", "VERDICT", "prepare"]
 
 # What is decided, float64; "skipped" counts, "max_norm" is given.
@@ -27,7 +29,7 @@ NUMBERS = (
 )  # fmt: skip
 POLICIES = ("l2", "decoupled", "independent", "corrected")
 _GROUP = tl.constexpr(len(NUMBERS))
-_SCALAR_COUNT = tl.constexpr(17)
+_SCALAR_COUNT = tl.constexpr(19)
 
 
 # A binary is used again whatever these are.
@@ -63,7 +65,7 @@ def prepare(
         count: Number of rows that count on the device.
         numbers: `NUMBERS` of each group.
         sources: Address of each number that is a tensor, negative for float64, 0 for others.
-        scalars: `Scalars` of each row; written.
+        scalars: `Scalars` and key of each row; written.
         DECIDE: Whether the verdict is found here.
         JUDGED: Whether there is a verdict, from here or from another device.
         FOUND_INF: Whether there is a `found_inf`.
@@ -169,7 +171,11 @@ def _count(
         tl.store(to + 13, tl.where(first, 1.0, 1.0 - dampening), mask=inside)
         tl.store(to + 14, _number(number, source, 13, inside), mask=inside)
     tl.store(to + 15, step, mask=inside)
-    tl.store(to + 16, _number(number, source, 6, inside), mask=inside)
+    seed = _number(number, source, 6, inside)
+    key = epoch_key(seed.to(tl.uint64), step.to(tl.uint64))
+    tl.store(to + 16, seed, mask=inside)
+    tl.store(to + 17, (key & 0xFFFFFFFF).to(tl.float64), mask=inside)
+    tl.store(to + 18, (key >> 32).to(tl.float64), mask=inside)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from ebbtide import codecs
 from ebbtide.backends.triton.prologue import NUMBERS, POLICIES
 from ebbtide.backends.triton.rows import COLUMNS
+from ebbtide.codecs.dither import mix
 from ebbtide.plan import BLOCK, Format, Row
 from ebbtide.rules import Rule, Scalars
 
@@ -28,6 +30,7 @@ __all__ = [
     "kind_of",
     "lane_constants",
     "numbers_of",
+    "with_key",
 ]
 
 _TILES_IN_16_BYTES = 4
@@ -284,6 +287,17 @@ def numbers_of(
             numbers.append(0.0 if on_device else float(value))
             sources.append(_source(value) if on_device else 0)
     return numbers, sources
+
+
+def with_key(scalars: Scalars) -> list[float]:
+    """Return the scalars as the kernels read them, behind them halves of `codecs.epoch_key`."""
+    return [*scalars, *_epoch_key(int(scalars.seed), int(scalars.step) >> 7)]
+
+
+@lru_cache(maxsize=1024)
+def _epoch_key(seed: int, epoch: int) -> tuple[float, float]:
+    key = mix(seed) ^ mix(epoch * 0xD1342543DE82EF95 & ((1 << 64) - 1))
+    return float(key & 0xFFFFFFFF), float(key >> 32)
 
 
 def is_plain(rule: Rule, scalars: Scalars) -> bool:
