@@ -175,10 +175,10 @@ def _step_tile(
     new2 = state2
     if RULE == 0:
         new0, new1, new2 = adam_moments(param, grad, state0, state1, state2, s, STATE2 >= 0, PLAIN)
-        if FAST and PLAIN and PARAM != _FLOAT64:  # noqa: SIM102
-            if are_usual(param, new0, new2, s):
-                _close_usual(row, s, lanes, first, at, inside, param, new0, new1, new2, PARAM,
-                             RESIDUAL, STATE0, STATE1, STATE2, STOCHASTIC, BLOCKS)  # fmt: skip
+        if FAST and PLAIN and PARAM != _FLOAT64 and STATE2 < 0:  # noqa: SIM102
+            if are_usual(param, new0, new1, s):
+                _close_usual(row, s, lanes, first, at, inside, param, new0, new1, PARAM, RESIDUAL,
+                             STATE0, STATE1, STOCHASTIC, BLOCKS)  # fmt: skip
                 return
         new = adam_param(param, new0, new2, s, PLAIN, False)
         witness = new1
@@ -215,31 +215,27 @@ def _close_usual(
     param: tl.tensor,
     new0: tl.tensor,
     new1: tl.tensor,
-    new2: tl.tensor,
     PARAM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATE0: tl.constexpr,
     STATE1: tl.constexpr,
-    STATE2: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
     """Finish a tile of which `are_usual` holds: the same results for half the instructions."""
-    new = adam_param(param, new0, new2, s, True, True)
+    new = adam_param(param, new0, new1, s, True, True)
     for_param, for_state = _bits(row, s, lanes, first, BLOCKS)
     _close_param(row, new, for_param, at, inside, PARAM, RESIDUAL, STOCHASTIC, True, True)
     if STATE0 != _SIGNED8:
-        _close_states(row, new0, new1, new2, for_state, at, inside, STATE0, STATE1, STATE2, True,
+        _close_states(row, new0, new1, new1, for_state, at, inside, STATE0, STATE1, -1, True,
                       True)  # fmt: skip
-    elif STATE2 >= 0:
-        close_moments(row, first, new0, new1, new2, for_state, at, inside, True, BLOCKS, True)
     else:
         highest, lowest, largest = extremes(new0, new1)
         if are_holdable(largest):
             close_ordinary(row, first, new0, new1, highest, lowest, largest, for_state, at,
                            BLOCKS)  # fmt: skip
         else:
-            close_moments(row, first, new0, new1, new2, for_state, at, inside, False, BLOCKS, True)
+            close_moments(row, first, new0, new1, new1, for_state, at, inside, False, BLOCKS, True)
 
 
 @triton.jit
