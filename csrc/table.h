@@ -265,6 +265,7 @@ class Table {
     const uint64_t ones = scratch_.ones;
     if (!reader_.is_plain(grad, e.lazy_grad)) return false;
     if (!reads_as(e, grad, e.row.grad.format, data) || scratch_.ones != ones) return false;
+    if (data == nullptr && e.row.numel > 0) return false;  // its memory has been given back
     e.row.grad.data = data;
     e.active = true;
     return true;
@@ -285,12 +286,14 @@ class Table {
 
   // Whether this step looks if state tensors have been given other memory (`tensor.data = ...`). To
   // ask a cold tensor costs 0.2 µs, which doubles the step of 2,000 tensors of 1,000 elements
-  // (docs/log.md): where tensors are small they are asked in turn, some in every step, so that a
-  // loop over all state (to move it, say) is noticed at once. Their memory is held meanwhile.
+  // (docs/log.md): where many are small they are asked in turn, some in every step, so that a loop
+  // over all state (to move it, say) is noticed at once. Their memory is held meanwhile.
   bool checks_addresses(size_t at) const {
     constexpr int64_t kLarge = 8192;
+    constexpr size_t kMany = 128;
+    if (entries.size() <= kMany) return true;
     if (elements_watched_ >= kLarge * int64_t(entries.size())) return true;
-    return (at + refreshes_) % std::min<size_t>(16, entries.size()) == 0;
+    return (at + refreshes_) % 16 == 0;
   }
 
   void* address(const Entry& e, PyObject* object) const {

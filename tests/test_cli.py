@@ -101,7 +101,7 @@ def interrupted(arguments: list[str], folder: Path, after: str) -> str:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-    # A shell says 130 to both. Python ends by the signal itself, though all was caught and said, where
+    # A shell says 130 to both. Python ends by the signal itself, though all was caught, where
     # the interrupt came while it compiled a string, as it does to make a dataclass.
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in rest

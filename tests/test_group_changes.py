@@ -49,6 +49,31 @@ def write_into_tensor_betas(optimizer: Optimizer, step: int) -> None:
     group["betas"][0].fill_(0.1 * step)
 
 
+def make_numbers_tensors_of_equal_value(optimizer: Optimizer, step: int) -> None:
+    group = optimizer.param_groups[0]
+    for key in ("lr", "weight_decay", "eps"):
+        if isinstance(group[key], Tensor):
+            group[key].mul_(0.9)
+        elif step > 0:
+            group[key] = torch.tensor(group[key], dtype=torch.float64)
+
+
+def make_a_beta_a_tensor_of_equal_value(optimizer: Optimizer, step: int) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["betas"][0], Tensor):
+        group["betas"][0].mul_(0.9)
+    elif step > 0:
+        group["betas"] = (torch.tensor(group["betas"][0]), group["betas"][1])
+
+
+def make_lr_an_array_of_equal_value(optimizer: Optimizer, step: int) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], np.ndarray):
+        group["lr"] *= 0.9
+    elif step > 0:
+        group["lr"] = np.array(group["lr"])
+
+
 def replace_the_group(optimizer: Optimizer, step: int) -> None:
     optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (step + 1)}
 
@@ -95,9 +120,11 @@ def set_the_count(optimizer: Optimizer, step: int) -> None:
 
 CHANGES = [
     lower_lr, decay_more, write_into_a_list_of_betas, write_into_a_tensor_lr,
-    write_into_tensor_betas, replace_the_group, replace_all_groups, make_it_another_mapping,
-    put_params_into_a_tuple, take_a_key_out_and_put_it_back, climb, correct_no_bias, swap_groups,
-    drop_a_group, set_the_count,
+    write_into_tensor_betas, make_numbers_tensors_of_equal_value,
+    make_a_beta_a_tensor_of_equal_value, make_lr_an_array_of_equal_value, replace_the_group,
+    replace_all_groups, make_it_another_mapping, put_params_into_a_tuple,
+    take_a_key_out_and_put_it_back, climb, correct_no_bias, swap_groups, drop_a_group,
+    set_the_count,
 ]  # fmt: skip
 
 
@@ -161,6 +188,23 @@ def test_a_bad_learning_rate_in_mid_course_is_refused(lr: object) -> None:
         with pytest.raises((ValueError, TypeError), match=r"learning rate|share must be below 1"):
             optimizer.step()
     assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 200.0])
+def test_a_tensor_whose_number_goes_bad_is_refused(value: float) -> None:
+    param = nn.Parameter(torch.ones(4))
+    lr = torch.tensor(0.1)
+    optimizer = AdamW([param], lr=lr)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    before = param.detach().clone()
+    lr.fill_(value)
+    with pytest.raises(ValueError, match=r"lr|learning rate"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    lr.fill_(0.1)
+    optimizer.step()
+    assert not torch.equal(param, before)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -84,6 +85,57 @@ def test_a_loaded_state_is_used_at_once() -> None:
     _loss(model, 1).backward()
     optimizer.step()
     assert all(state["step"] == 42 for state in optimizer.state.values())
+
+
+def test_the_arrangement_outlasts_loading() -> None:
+    models = [_model(), _model()]
+    optimizers = [AdamW(model.named_parameters(), lr=0.05) for model in models]
+    step_in_backward(models[0], optimizers[0])
+    for step in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if step == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.zero_grad()
+            _loss(model, step).backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert a.grad is None
+        assert torch.equal(a, b)
+
+
+def test_a_group_is_found_where_it_has_been_moved_to() -> None:
+    models = [_model(), _model()]
+    optimizers = []
+    for model in models:
+        first, *others = model.parameters()
+        optimizers.append(AdamW([{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.01}]))
+    step_in_backward(models[0], optimizers[0])
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.param_groups.reverse()
+            optimizer.zero_grad()
+            _loss(model, step).backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    optimizers[0].param_groups.pop()
+    with pytest.raises(RuntimeError, match="is in no param group any more"):
+        _loss(models[0], 9).backward()
+
+
+@pytest.mark.parametrize(("option", "value"), [("clip_grad_norm", 1.0), ("nonfinite", "skip")])
+def test_what_needs_all_gradients_is_refused_when_it_is_asked_for_later(
+    option: str, value: object
+) -> None:
+    model = _model()
+    optimizer = AdamW(model.parameters())
+    step_in_backward(model, optimizer)
+    before = [param.detach().clone() for param in model.parameters()]
+    setattr(optimizer, option, value)
+    with pytest.raises(ValueError, match="need all of them"):
+        _loss(model, 0).backward()
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param, old)
 
 
 def test_accumulation_is_refused_by_name() -> None:

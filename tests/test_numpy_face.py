@@ -376,3 +376,17 @@ def test_float16_is_rounded_stochastically_and_keeps_its_state_in_float32() -> N
         assert array.mean(dtype=float) == pytest.approx((1 - 1e-4) ** 100, rel=2e-4)
         assert all(v.dtype == np.float32 for v in optimizer.state["w"].values())
         assert optimizer.state["w"]["step"] == 100
+
+
+def test_a_number_replaced_by_an_array_is_read_in_every_step() -> None:
+    """Also for arrays without decay, which have scalars of their own."""
+    arrays = {"w": np.zeros((2, 2)), "b": np.zeros(2)}
+    optimizer = AdamW(arrays, lr=0.125, weight_decay=0.0)
+    for _ in range(2):
+        optimizer.step({name: np.ones_like(array) for name, array in arrays.items()})
+    lr = optimizer.param_groups[0]["lr"] = np.array(0.125)
+    optimizer.step({name: np.ones_like(array) for name, array in arrays.items()})
+    lr.fill(0.0)
+    optimizer.step({name: np.ones_like(array) for name, array in arrays.items()})
+    for array in arrays.values():
+        np.testing.assert_allclose(array, -0.375)

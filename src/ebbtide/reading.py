@@ -111,8 +111,9 @@ class GroupReader:
 
     def _values(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         values = (*self._items(group), len(group))
-        if isinstance(values[_BETAS], list):  # it may change in place
-            values = (*values[:_BETAS], tuple(values[_BETAS]), *values[_BETAS + 1 :])
+        betas = values[_BETAS]
+        if isinstance(betas, tuple | list):  # a list may change in place, a tensor take a place
+            values = (*values[:_BETAS], *betas, *values[_BETAS + 1 :])
         return values
 
     def _rates_alone(self, values: tuple[Any, ...]) -> bool:
@@ -141,7 +142,7 @@ class GroupReader:
 
     def _check(self, group: Mapping[str, Any], values: tuple[Any, ...]) -> Mapping[str, Any]:
         checked = numbers(group, self._where)
-        if _same(self._checked, values):
+        if checked is group and _same(self._checked, values):  # a tensor may hold another number
             return checked
         validate_group(self._rule, checked, self._where)
         flags = [group[key] for key in self._watch]
@@ -167,7 +168,8 @@ class GroupReader:
 
 
 def _same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
+    """Tell whether all is equal and of the same type: a tensor of equal value will change."""
     try:
-        return old == new
+        return old is not None and old == new and [*map(type, old)] == [*map(type, new)]
     except (RuntimeError, ValueError):  # a tensor of several elements has no truth
         return False

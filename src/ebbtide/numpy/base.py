@@ -235,8 +235,8 @@ class Optimizer(Options):
 
     def _plan_and_run(self, given: list[Array | None]) -> Outcome:
         planner, scale = Planner(self._rule, self.state), 1.0
-        for reader, group in zip(self._readers[::2], self.param_groups, strict=True):
-            reader.check(group)
+        for part, reader in enumerate(self._readers):
+            reader.check(self.param_groups[part // 2])
         for (name, array, part), grad in zip(self._order, given, strict=True):
             planner.add(name, array, grad, part, self.param_groups[part // 2])
         planner.plan.check_overlap()

@@ -98,7 +98,8 @@ class Optimizer(Persistent):
         self._warned_no_gradients = False
         self._calls = 0
         self._planning = False
-        self._in_backward: InBackward | None = None  # set by step_in_backward
+        # Set by step_in_backward; loading state does not end the arrangement.
+        self._in_backward: InBackward | None = self.__dict__.get("_in_backward")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see `torch.optim.Optimizer`."""

@@ -52,17 +52,21 @@ def step_in_backward(model: torch.nn.Module, optimizer: Optimizer) -> InBackward
         (True, 1.0)
         >>> handle.remove()
     """
-    if optimizer.clip_grad_norm is not None or optimizer.nonfinite == "skip":
-        raise ValueError(
-            "step_in_backward updates a parameter before the other gradients are there: "
-            'clip_grad_norm and nonfinite="skip" need all of them; step after backward instead'
-        )
+    _check_options(optimizer)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
             "DistributedDataParallel reduces gradients after the hooks that step_in_backward "
             "uses: the ranks would drift apart; step after backward instead"
         )
     return InBackward(model, optimizer)
+
+
+def _check_options(optimizer: Optimizer) -> None:
+    if optimizer.clip_grad_norm is not None or optimizer.nonfinite == "skip":
+        raise ValueError(
+            "step_in_backward updates a parameter before the other gradients are there: "
+            'clip_grad_norm and nonfinite="skip" need all of them; step after backward instead'
+        )
 
 
 class InBackward:
@@ -102,6 +106,7 @@ class InBackward:
         optimizer, slot = self._optimizer(), self._slots[index]
         if optimizer is None:
             return
+        _check_options(optimizer)  # which can be set at any time
         if slot.stepped:
             raise RuntimeError(
                 f"parameter {slot.name!r} got a second gradient before optimizer.step(): "
@@ -140,6 +145,7 @@ class _Slot:
         self.param = param
         self.name = name
         self.group = group
+        self._held: dict[str, Any] | None = None  # the group, when it was last looked for
         self.stepped = False
         self.untouched = 0
         self._backend = new_backend()
@@ -156,14 +162,19 @@ class _Slot:
         """Take the step of this parameter alone."""
         guard = optimizer.nonfinite != "propagate"
         backend = self._backend
-        groups = [optimizer.param_groups[self.group]]
+        group = self._find_group(optimizer)
         outcome = backend.rerun(
-            groups, self._params, None, optimizer.state, lambda _: self._read(optimizer), 1.0, guard
+            [group],
+            self._params,
+            None,
+            optimizer.state,
+            lambda _: self._read(optimizer),
+            1.0,
+            guard,
         )
         if outcome is None:
             with torch.no_grad():
                 planner = Planner(optimizer._rule, optimizer.state)
-                group = optimizer.param_groups[self.group]
                 planner.add(self.param, self.name, 0, group)
                 planner.plan.check_overlap()
                 if planner.tensors:
@@ -183,6 +194,17 @@ class _Slot:
         self.stepped = True
         self.untouched = outcome.total
         torch._C._increment_version([self.param])
+
+    def _find_group(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the group of the parameter, which may have been moved or replaced."""
+        groups = optimizer.param_groups
+        if self.group < len(groups) and groups[self.group] is self._held:
+            return groups[self.group]
+        for index, group in enumerate(groups):
+            if any(param is self.param for param in group["params"]):
+                self.group, self._held = index, group
+                return group
+        raise RuntimeError(f"parameter {self.name!r} is in no param group any more")
 
     def _launch(self, optimizer: Optimizer, planner: Planner, *, guard: bool) -> Outcome:
         if self._gpu is None:

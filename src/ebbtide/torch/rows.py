@@ -28,6 +28,7 @@ from ebbtide.torch.tensors import (
     FORMATS,
     LOW_PRECISION,
     check,
+    check_memory,
     extents,
     field_of,
     has_device_numbers,
@@ -208,6 +209,7 @@ class Planner:
                     f"state {key!r} of parameter {name!r} is {value.dtype} of shape "
                     f"{tuple(value.shape)}, the parameter {param.dtype} of {tuple(param.shape)}"
                 )
+            check_memory(f"state {key!r} of parameter {name!r}", value)
             fit = fitted(key, value, param, storage, kernels=kernels)
             if fit is not value:
                 changes[key] = fit

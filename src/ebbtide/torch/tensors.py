@@ -22,6 +22,7 @@ __all__ = [
     "LOW_PRECISION",
     "check",
     "check_group",
+    "check_memory",
     "extents",
     "field_of",
     "grad_of",
@@ -141,6 +142,8 @@ def check(
             f"(parameter {name!r})"
         )
     local = local_of(param)
+    check_memory(f"parameter {name!r}", param)
+    check_memory(f"the gradient of parameter {name!r}", grad)
     if local.layout != torch.strided:
         raise RuntimeError(f"parameter {name!r} has layout {local.layout}: it cannot be stepped")
     if layout_of(local.shape, local.stride()) == "overlapping":
@@ -153,6 +156,20 @@ def check(
         raise RuntimeError(
             "a leaf Variable that requires grad is being used in an in-place operation: with "
             f"differentiable=True pass a clone of parameter {name!r}"
+        )
+
+
+def check_memory(what: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose storage has been given back, as `resize_(0)` on it does."""
+    local = local_of(tensor)
+    if local.layout != torch.strided or local.numel() == 0:
+        return
+    reach = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
+    needed = (local.storage_offset() + reach + 1) * local.element_size()
+    held = local.untyped_storage().nbytes()
+    if held < needed:
+        raise RuntimeError(
+            f"the memory of {what} has been given back: its storage holds {held} bytes of {needed}"
         )
 
 
