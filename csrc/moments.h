@@ -47,7 +47,7 @@ struct Elementwise {
 
 constexpr uint32_t kSmallest = 1u << 24;      // bits of v; what is below counts as zero
 constexpr uint32_t kLargest = 0x7E800000u;    // bits of v that still round up to a finite number
-constexpr uint32_t kDormant = 16u << 23;      // how far below the largest v dormant elements count
+constexpr uint32_t kDormant = 31u << 23;      // how far below the largest v dormant elements count
 constexpr uint32_t kMostRatio = 0x5F800000u;  // bits of the first m/S too large to keep
 
 // 1/S of the number with these bits: S is the power of two nearest its root.

@@ -155,6 +155,13 @@ def test_every_code_in_every_window_survives_a_step_that_changes_nothing() -> No
         np.testing.assert_allclose(kept.param[alive], -unit / np.sqrt(before[alive]), rtol=3e-7)
 
 
+def test_what_rests_keeps_its_second_moment_down_to_a_bound() -> None:
+    """Beside one of 46,000 times its gradients; what lies lower is lifted to that."""
+    block = codecs.encode_moments([[0.5, 0.0, 0.0], [1.0, 2.0**-31, 2.0**-60]], [NEAREST] * 3)
+    found = [codecs.decode_second(code, block.windows[0]) for code in block.seconds[0]]
+    assert found == [1.0, 2.0**-31, 2.0**-31]
+
+
 @pytest.mark.parametrize("scale_exponent", [-50, -20, 0, 13, 40])
 @pytest.mark.parametrize("v", [2.0**-100, 1.61 * 2.0**-31, 1.0, 1.99, 2.0, 3.99, 1.61 * 2.0**100])
 def test_every_first_code_comes_back(scale_exponent: int, v: float) -> None:

@@ -13,7 +13,7 @@ them. The code is the signed square root of m/S relative to the block's largest,
 beside it; rounded stochastically, as rounding to nearest would hold small momentum for ever.
 Zero is exactly zero.
 
-An element whose m is zero is dormant: it counts for the window within 2¹⁶ of the block's largest v
+An element whose m is zero is dormant: it counts for the window within 2³¹ of the block's largest v
 only, and is lifted to the window where it lies lower, so that dead units do not cost the living
 their precision. v below 2⁻¹²⁵ counts as zero. What a block cannot hold (non-finite numbers, m
 beyond 2⁶⁴·√v) is forgotten, m and v set to zero, so that it harms no neighbour.
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _LARGEST = 0x7E800000  # bits of v that still round up to a finite number
-_DORMANT = 16 << 23  # bits below the block's largest v at which a dormant element stops to count
+_DORMANT = 31 << 23  # bits below the block's largest v at which a dormant element stops to count
 _LEVELS = 127.0
 
 

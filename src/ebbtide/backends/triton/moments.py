@@ -21,7 +21,7 @@ _WINDOW8 = tl.constexpr(5)
 
 _SMALLEST = tl.constexpr(1 << 24)
 _LARGEST = tl.constexpr(0x7E800000)
-_DORMANT = tl.constexpr(16 << 23)
+_DORMANT = tl.constexpr(31 << 23)
 _MOST_RATIO = tl.constexpr(0x5F800000)
 _INFINITE = tl.constexpr(0x7F800000)
 _NONE = tl.constexpr(0xFFFFFFFF)
