@@ -41,22 +41,28 @@ def test_state_whose_storage_is_taken_anew_is_followed(count: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("what", ["parameter", "gradient", "exp_avg"])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "exp_avg", "step"])
 def test_memory_that_was_given_back_is_refused_by_name(what: str, steps: int) -> None:
     params = _params(3)
     optimizer = AdamW([(f"w{i}", param) for i, param in enumerate(params)])
     for param in params:
         param.grad = torch.ones_like(param)
-    for _ in range(max(steps, what == "exp_avg")):
+    for _ in range(max(steps, what in ("exp_avg", "step"))):
         optimizer.step()
-    freed = {
-        "parameter": lambda: params[1].data,
-        "gradient": lambda: params[1].grad,
-        "exp_avg": lambda: optimizer.state[params[1]]["exp_avg"],
-    }[what]()
-    assert freed is not None
+    known = {"parameter": params[1].data, "gradient": params[1].grad, **optimizer.state[params[1]]}
+    freed = known[what]
     before = params[0].detach().clone()
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"'w1' has been given back: its storage holds 0 bytes"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+def test_a_count_may_be_a_number() -> None:
+    (param,) = _params(1)
+    optimizer = AdamW([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state[param]["step"] = 1.0
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2

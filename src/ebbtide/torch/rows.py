@@ -215,6 +215,8 @@ class Planner:
                 changes[key] = fit
         if "step" in state:
             step = state["step"]
+            if isinstance(step, torch.Tensor):  # old checkpoints hold numbers
+                check_memory(f"state 'step' of parameter {name!r}", step)
             fit = fitted_step(step, home)
             if fit.data_ptr() in self._counters:  # one counter for several parameters
                 fit = fit.clone()
