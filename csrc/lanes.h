@@ -249,9 +249,6 @@ using Mask = __mmask16;
 EBBTIDE_INLINE Mask below(Lanes a, Lanes b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
 }
-EBBTIDE_INLINE Mask nonzero(Lanes x) {
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-}
 EBBTIDE_INLINE Mask nonzero(UintLanes x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x); }
 EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) {
   return _mm512_cmpgt_epi32_mask((__m512i)x, _mm512_set1_epi32(bound));
@@ -275,7 +272,6 @@ EBBTIDE_INLINE UintLanes smaller(Mask mask, UintLanes a, UintLanes b) {
 #else
 using Mask = IntLanes;
 EBBTIDE_INLINE Mask below(Lanes a, Lanes b) { return a < b; }
-EBBTIDE_INLINE Mask nonzero(Lanes x) { return x != 0; }
 EBBTIDE_INLINE Mask nonzero(UintLanes x) { return x != 0; }
 EBBTIDE_INLINE Mask above(IntLanes x, int32_t bound) { return x > bound; }
 EBBTIDE_INLINE Mask below(UintLanes x, int32_t bound) { return (IntLanes)x < bound; }

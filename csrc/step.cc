@@ -4,7 +4,6 @@
 // between builds with and without fma.
 #include "step.h"
 
-#include <tuple>
 #include <type_traits>
 
 #include "coded.h"
