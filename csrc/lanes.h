@@ -3,6 +3,7 @@
 //
 // GCC's vector extension gives + - * / and comparisons on `Lanes`; only what it lacks is here.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -150,13 +151,17 @@ EBBTIDE_INLINE __m512i in_order(__m512i x) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_maskz_permutexvar_epi32(0xFFFF, order, x);
 }
-// max(x - base, 0) of numbers below 2^15, as bytes.
-EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
-  const __m512i zero = _mm512_set1_epi16(int16_t(base));
-  const __m512i low = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
-  const __m512i high = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
-  _mm512_storeu_si512(to, in_order(_mm512_packus_epi16(_mm512_subs_epu16(low, zero),
-                                                       _mm512_subs_epu16(high, zero))));
+// The codes of numbers below 2^15: of what they exceed base by, half up to 2·coarse, all but
+// coarse beyond; none of what lies below base.
+EBBTIDE_INLINE __m512i codes_of(__m512i x, uint32_t base, uint32_t coarse) {
+  const __m512i above = _mm512_subs_epu16(x, _mm512_set1_epi16(int16_t(base)));
+  return _mm512_max_epi16(_mm512_srli_epi16(above, 1),
+                          _mm512_sub_epi16(above, _mm512_set1_epi16(int16_t(coarse))));
+}
+EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
+  const __m512i low = codes_of(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]), base, coarse);
+  const __m512i high = codes_of(_mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]), base, coarse);
+  _mm512_storeu_si512(to, in_order(_mm512_packus_epi16(low, high)));
 }
 // x / 2^16, rounded down, as bytes.
 EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
@@ -193,14 +198,17 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
 EBBTIDE_INLINE __m256i in_order(__m256i x) {
   return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// max(x - base, 0) of numbers below 2^15, as bytes.
-EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
-  const __m256i zero = _mm256_set1_epi16(int16_t(base));
-  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
-  const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
-  const __m256i bytes =
-      _mm256_packus_epi16(_mm256_subs_epu16(low, zero), _mm256_subs_epu16(high, zero));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(bytes));
+// The codes of numbers below 2^15: of what they exceed base by, half up to 2·coarse, all but
+// coarse beyond; none of what lies below base.
+EBBTIDE_INLINE __m256i codes_of(__m256i x, uint32_t base, uint32_t coarse) {
+  const __m256i above = _mm256_subs_epu16(x, _mm256_set1_epi16(int16_t(base)));
+  return _mm256_max_epi16(_mm256_srli_epi16(above, 1),
+                          _mm256_sub_epi16(above, _mm256_set1_epi16(int16_t(coarse))));
+}
+EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
+  const __m256i low = codes_of(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), base, coarse);
+  const __m256i high = codes_of(_mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]), base, coarse);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packus_epi16(low, high)));
 }
 // x / 2^16, rounded down, as bytes.
 EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
@@ -220,10 +228,10 @@ template <typename Number>
 EBBTIDE_INLINE void store_low(void* to, UintLanes x, Number) {
   for (int i = 0; i < kLanes; ++i) static_cast<Number*>(to)[i] = Number(x[i]);
 }
-EBBTIDE_INLINE void store_above(uint8_t* to, const IntLanes* x, uint32_t base) {
+EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
   for (int i = 0; i < 4 * kLanes; ++i) {
-    const int32_t above = x[i / kLanes][i % kLanes] - int32_t(base);
-    to[i] = uint8_t(above > 0 ? above : 0);
+    const int32_t above = std::max(int32_t(x[i / kLanes][i % kLanes]) - int32_t(base), 0);
+    to[i] = uint8_t(std::max(above >> 1, above - int32_t(coarse)));
   }
 }
 EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {

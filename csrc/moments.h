@@ -47,7 +47,7 @@ struct Elementwise {
 
 constexpr uint32_t kSmallest = 1u << 24;      // bits of v; what is below counts as zero
 constexpr uint32_t kLargest = 0x7E800000u;    // bits of v that still round up to a finite number
-constexpr uint32_t kDormant = 31u << 23;      // how far below the largest v dormant elements count
+constexpr uint32_t kDormant = 28u << 23;      // how far below the largest v dormant elements count
 constexpr uint32_t kMostRatio = 0x5F800000u;  // bits of the first m/S too large to keep
 
 // 1/S of the number with these bits: S is the power of two nearest its root.
@@ -58,13 +58,45 @@ EBBTIDE_INLINE uint32_t inverse_unit(uint32_t bits) {
   return 0x5F000000u - ((bits >> 1) & 0x7F800000u);
 }
 
-// A second moment in eight bits: codes on the float's own bits, shift and base in the window.
+// The numbers that the codes of one window stand for, by their bits: code c for
+// base + c + min(c, coarse), times 2^shift.
+struct Grid {
+  int shift = 16;
+  uint32_t base = 0, coarse = 0;
+
+  Grid() = default;
+  EBBTIDE_INLINE explicit Grid(uint16_t window) {
+    shift = 16 + std::min(std::countl_one(window), 7);
+    coarse = (window >> (23 - shift)) & (256 - (256 >> unit()));
+    base = (window << unit()) & ((1u << (31 - shift)) - 1);
+  }
+  // The finest that holds the numbers from lowest to highest.
+  EBBTIDE_INLINE Grid(uint32_t lowest, uint32_t highest) {
+    shift = std::max(int(std::bit_width(highest - lowest)) - 9, 16);
+    shift += (highest >> shift) - (lowest >> shift) > 509u - (1u << unit()) - (256u >> unit());
+    base = ((lowest >> shift) - 2) & -(1u << unit());
+    const int missing = std::max(int((highest >> shift) - base) - 254, 0);
+    coarse = (uint32_t(missing) + (256u >> unit()) - 1) & -(256u >> unit());
+  }
+  EBBTIDE_INLINE uint16_t window() const {
+    return uint16_t((0xFFFFu << (32 - shift)) | coarse << (23 - shift) | base >> unit());
+  }
+  EBBTIDE_INLINE UintLanes at(UintLanes codes) const {
+    return (codes + smaller(codes, splat_bits(coarse)) + base) << shift;
+  }
+
+ private:
+  // The base is counted by 2^unit steps, which make a factor of four at most, and the coarse codes
+  // by 2^(8 - unit).
+  int unit() const { return std::min(24 - shift, 4); }
+};
+
+// A second moment in eight bits: codes on the float's own bits.
 class Window8 {
  public:
   // What a block's loop goes by and gathers; apart from the rest, so that it stays in registers.
   struct Running {
-    int shift;
-    uint32_t base;
+    Grid grid;
     UintLanes highest{}, lowest = ~UintLanes{};
   };
 
@@ -72,14 +104,11 @@ class Window8 {
     codes_ = reinterpret_cast<uint8_t*>(codes);
     window_ = static_cast<uint16_t*>(windows) + block;
   }
-  EBBTIDE_INLINE Running open() const {
-    const int ones = std::min(std::countl_one(*window_), 7);
-    return {16 + ones, *window_ & (0xFFFFu >> ones)};
-  }
+  EBBTIDE_INLINE Running open() const { return {Grid(*window_)}; }
   EBBTIDE_INLINE WideBits get(int j, const Running& running) const {
     return each_from(j, [&](int i) {
       const UintLanes codes = load_wide(codes_ + i);
-      return where(nonzero(codes), (codes + running.base) << running.shift);
+      return where(nonzero(codes), running.grid.at(codes));
     });
   }
   EBBTIDE_INLINE void put(int j, Running& running, const WideBits& bits) {
@@ -99,28 +128,25 @@ class Window8 {
 
   // Chooses the window from the lowest element that counts.
   EBBTIDE_INLINE void choose() {
-    shift_ = 16;
-    base_ = 0;
-    *window_ = 0;
-    if (highest_ == 0) return;
-    shift_ = std::max(int(std::bit_width(highest_ - lowest_)) - 8, 16);
-    shift_ += (highest_ >> shift_) - (lowest_ >> shift_) > 253;
-    base_ = (lowest_ >> shift_) - 1;
-    *window_ = uint16_t((0xFFFFu << (32 - shift_)) | base_);
+    grid_ = highest_ == 0 ? Grid() : Grid(lowest_, highest_);
+    *window_ = grid_.window();
   }
   // Encodes four vectors, and returns the exponents, halved, of what will be decoded.
   template <bool kOrdinary>
   EBBTIDE_INLINE void encode(int j, const UintLanes* words, UintLanes* halved) {
-    IntLanes codes[4];  // from the base on
-    const UintLanes lowest = splat_bits((base_ + 1) << shift_);
+    const Grid grid = grid_;
+    const UintLanes edge = splat_bits((grid.base + 2 * grid.coarse) << grid.shift);
+    const UintLanes least = splat_bits((grid.base + 2) << grid.shift);
+    UintLanes steps[4];
     for (int k = 0; k < 4; ++k) {
       const UintLanes bits = load<UintLanes>(bits_ + j + k * kLanes);
-      const UintLanes kept = larger(bits + (words[k] >> (32 - shift_)), lowest);
-      const IntLanes code = (IntLanes)(kept >> shift_);
-      codes[k] = kOrdinary ? code : where(nonzero(bits), code);
+      const UintLanes dither = words[k] >> (32 - grid.shift);
+      UintLanes kept = smaller(bits + 2 * dither, larger(bits + dither, edge));
+      if (!kOrdinary) kept = where(nonzero(bits), larger(kept, least));
+      steps[k] = kept >> grid.shift;
       halved[k] = (kept >> 1) & 0x7F800000u;
     }
-    store_above(codes_ + j, codes, base_);
+    store_codes(codes_ + j, steps, grid.base, grid.coarse);
   }
   uint32_t* bits() { return bits_; }
   // Gathers anew: elements that count as zero become zero, and what rests counts within kDormant of
@@ -144,8 +170,8 @@ class Window8 {
  private:
   uint8_t* codes_;
   uint16_t* window_;
-  int shift_;
-  uint32_t base_, highest_, lowest_;
+  Grid grid_;
+  uint32_t highest_, lowest_;
   alignas(64) uint32_t bits_[kBlock];
 };
 

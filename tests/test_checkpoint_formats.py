@@ -141,7 +141,11 @@ def broken(key: str, change: Any) -> dict[str, Any]:
         ("exp_avg_scale", lambda x: x[:, :1], "shape"),
         ("exp_avg_codes", lambda x: x.float(), "dtype torch.float32"),
         ("exp_avg_sq_scale", lambda x: x[..., :1], "shape"),
-        ("exp_avg_sq_scale", lambda x: torch.full_like(x, 127), "infinite numbers"),
+        (
+            "exp_avg_sq_scale",
+            lambda x: x | torch.tensor([255, 127], dtype=x.dtype),
+            "infinite numbers",
+        ),
         ("exp_avg_sq_scale", lambda x: torch.full_like(x, 255), "infinite numbers"),
         ("residual", lambda x: x.short(), "dtype torch.int16"),
         ("residual", lambda x: x[1:], "shape"),

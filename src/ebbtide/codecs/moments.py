@@ -1,11 +1,14 @@
 """The two moments of Adam in eight bits each, by blocks of 128 elements.
 
-**Second moment v.** The code counts steps of 2ˢ on the float's own bits from a base, so its grid is
-that of a float with a shorter mantissa: fixed while the window moves, finer where a block spans few
-powers of two. One uint16 a block, the window, holds shift and base: as many leading ones as the
-shift exceeds 16, a zero, the base. Code 0 is exactly zero and nothing else is, so an element with a
-gradient never loses its denominator. Rounded stochastically: a step of β2 = 0.999 moves v by less
-than half a step of the grid and would be lost every time.
+**Second moment v.** The code counts steps on the float's own bits from a base, so its grid is that
+of a float with a shorter mantissa: fixed while the window moves, finer where a block spans few
+powers of two. A step is 2ˢ from as many codes below the block's largest v as can be, and twice that
+in the coarse codes below: the small v of a block are few, and spread over many powers of two. One
+uint16 a block, the window, holds all three: s - 16 leading ones, a zero, the number of coarse codes
+and the base. The base is counted by 16 steps, or as many as make a factor of four: gradients times
+a power of two have the same codes. Code 0 is exactly zero and nothing else
+is, so an element with a gradient never loses its denominator. Rounded stochastically: at β2 = 0.999
+v moves by less than half a step of the grid, and would stay where it is every time.
 
 **First moment m.** What matters of m is m/√v, so that is what is kept: m divided by S(v), the power
 of two nearest √v, with the v of the code. Blocks are then even, whatever the range of v within
@@ -13,7 +16,7 @@ them. The code is the signed square root of m/S relative to the block's largest,
 beside it; rounded stochastically, as rounding to nearest would hold small momentum for ever.
 Zero is exactly zero.
 
-An element whose m is zero is dormant: it counts for the window within 2³¹ of the block's largest v
+An element whose m is zero is dormant: it counts for the window within 2²⁸ of the block's largest v
 only, and is lifted to the window where it lies lower, so that dead units do not cost the living
 their precision. v below 2⁻¹²⁵ counts as zero. What a block cannot hold (non-finite numbers, m
 beyond 2⁶⁴·√v) is forgotten, m and v set to zero, so that it harms no neighbour.
@@ -40,7 +43,7 @@ __all__ = [
 ]
 
 _LARGEST = 0x7E800000  # bits of v that still round up to a finite number
-_DORMANT = 31 << 23  # bits below the block's largest v at which a dormant element stops to count
+_DORMANT = 28 << 23  # bits below the block's largest v at which a dormant element stops to count
 _LEVELS = 127.0
 
 
@@ -66,7 +69,7 @@ def encode_moments(moments: Sequence[Sequence[float]], words: Sequence[int]) -> 
         >>> nearest = [0x8000_8000] * 3
         >>> block = encode_moments([[0.5, -0.001, 0.0], [1.0, 0.25, 0.0]], nearest)
         >>> block.first, block.seconds[0], hex(block.windows[0])
-        ([127, -8, 0], [129, 1, 0], '0x9f3f')
+        ([127, -8, 0], [240, 8, 0], '0x13e7')
     """
     first, seconds = _holdable(moments)
     ratios = [_ratio(m, u) for m, u in zip(first, seconds[0], strict=True)]
@@ -116,9 +119,16 @@ def window_of(bits: Sequence[int], moving: Sequence[bool]) -> int:
         (u for u, moves in zip(bits, moving, strict=True) if u and moves), default=highest
     )
     low = min(moving_low, max(lowest, highest - _DORMANT))
-    shift = next(s for s in range(16, 24) if (highest >> s) - (low >> s) <= 253)
-    ones = shift - 16
-    return (0xFFFF << (16 - ones) & 0xFFFF) | ((low >> shift) - 1)
+    shift = next(
+        s
+        for s in range(16, 24)
+        if (highest >> s) - (low >> s) <= 509 - (1 << _unit(s)) - (256 >> _unit(s))
+    )
+    unit = _unit(shift)
+    base = ((low >> shift) - 2) & -(1 << unit)
+    missing = max((highest >> shift) - base - 254, 0)
+    coarse = (missing + (256 >> unit) - 1) & -(256 >> unit)
+    return (0xFFFF << (32 - shift) & 0xFFFF) | coarse << (23 - shift) | base >> unit
 
 
 def encode_second(bits: Sequence[int], window: int, words: Sequence[int]) -> list[int]:
@@ -129,22 +139,26 @@ def encode_second(bits: Sequence[int], window: int, words: Sequence[int]) -> lis
         window: From `window_of`.
         words: 32 random bits an element.
     """
-    shift, base = _shift_and_base(window)
-    return [
-        max(((u + (word >> (32 - shift))) >> shift) - base, 1) if u else 0
-        for u, word in zip(bits, words, strict=True)
-    ]
+    shift, base, coarse = _grid(window)
+    edge = (base + 2 * coarse) << shift
+    codes = []
+    for u, word in zip(bits, words, strict=True):
+        dither = word >> (32 - shift)
+        kept = u + dither if u >= edge else min(u + 2 * dither, edge)
+        steps = max((kept >> shift) - base, 2)
+        codes.append(max(steps >> 1, steps - coarse) if u else 0)
+    return codes
 
 
 def decode_second(code: int, window: int) -> float:
     """Return the second moment that a code stands for.
 
     Example:
-        >>> decode_second(129, 0x9F3F), decode_second(1, 0x9F3F), decode_second(0, 0x9F3F)
-        (1.0, 0.25, 0.0)
+        >>> [decode_second(code, 0x13E7) for code in (0, 8, 9, 239, 240)]
+        [0.0, 0.25, 0.251953125, 0.99609375, 1.0]
     """
-    shift, base = _shift_and_base(window)
-    return from_bits((base + code) << shift) if code else 0.0
+    shift, base, coarse = _grid(window)
+    return from_bits((base + code + min(code, coarse)) << shift) if code else 0.0
 
 
 def decode_first(code: int, scale: float, exp_avg_sq: float) -> float:
@@ -163,11 +177,19 @@ def decode_first(code: int, scale: float, exp_avg_sq: float) -> float:
     return _f32(_f32(float(code * abs(code)) * _f32(scale * 2.0**64)) * unit)
 
 
-def _shift_and_base(window: int) -> tuple[int, int]:
-    ones = 0
-    while ones < 7 and window >> (15 - ones) & 1:
-        ones += 1
-    return 16 + ones, window & (0xFFFF >> ones)
+def _grid(window: int) -> tuple[int, int, int]:
+    """Return the shift, the base in steps of 2^shift, and how many codes are coarse."""
+    shift = 16
+    while shift < 23 and window >> (31 - shift) & 1:
+        shift += 1
+    unit = _unit(shift)
+    base = (window << unit) & ((1 << (31 - shift)) - 1)
+    return shift, base, (window >> (23 - shift)) & (256 - (256 >> unit))
+
+
+def _unit(shift: int) -> int:
+    """Return k of a window that counts the base by 2^k steps and the coarse codes by 2^(8 - k)."""
+    return min(24 - shift, 4)
 
 
 def _ratio(m: float, bits: int) -> float:

@@ -17,7 +17,7 @@ __all__ = ["blocks_of", "decode", "encode", "is_finite"]
 _BLOCK = 128
 _SMALLEST, _LARGEST = 1 << 24, 0x7E800000  # bits of v: what is below is zero, above the largest
 _INFINITY = 0x7F800000  # its bits
-_DORMANT = 31 << 23
+_DORMANT = 28 << 23
 _HALF = 0x8000_8000  # in place of random bits: rounds to nearest
 _NORMAL = 2.0**-126
 _AT_ONCE = 1 << 20  # elements: encoding one takes some 50 bytes meanwhile
@@ -96,9 +96,8 @@ def is_finite(codes: torch.Tensor, windows: torch.Tensor) -> bool:
         codes: uint8.
         windows: uint8 (rows, blocks, 2).
     """
-    shift, base = _shift_and_base(_windows(windows).to(torch.int64))
-    highest = base + _blocked(codes).amax(-1, keepdim=True).to(torch.int64) << shift
-    return bool((highest < _INFINITY).all())
+    highest = _blocked(codes).amax(-1, keepdim=True)
+    return bool((_second(highest, _windows(windows).to(torch.int64)) < _INFINITY).all())
 
 
 def _blocked(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,14 +123,19 @@ def _as_bytes(windows: torch.Tensor) -> torch.Tensor:
 
 def _second(codes: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
     """Return the bits of second moments."""
-    shift, base = _shift_and_base(windows)
-    return torch.where(codes != 0, (base + codes.to(torch.int32)) << shift, 0)
+    shift, base, coarse = _grid(windows)
+    wide = codes.to(windows.dtype)
+    return torch.where(codes != 0, (base + wide + wide.minimum(coarse)) << shift, 0)
 
 
-def _shift_and_base(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the shift, the base in steps of 2^shift, and how many codes are coarse."""
     leading = [windows >> (16 - k) == (1 << k) - 1 for k in range(1, 8)]
-    ones = torch.stack(leading).sum(0, dtype=torch.int32)
-    return (16 + ones)[..., None], (windows & (0xFFFF >> ones))[..., None]
+    shift = 16 + torch.stack(leading).sum(0, dtype=windows.dtype)[..., None]
+    unit = (24 - shift).clamp(max=4)
+    windows = windows[..., None]
+    base = (windows << unit) & ((1 << (31 - shift)) - 1)
+    return shift, base, (windows >> (23 - shift)) & (256 - (256 >> unit))
 
 
 def _holdable(
@@ -167,13 +171,20 @@ def _window_of(bits: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
     low = torch.minimum(moving_low, torch.maximum(lowest, highest - _DORMANT))
     windows = torch.zeros_like(highest)
     for shift in reversed(range(16, 24)):  # the smallest that fits is written last
-        fits = (highest >> shift) - (low >> shift) <= 253
+        unit = min(24 - shift, 4)
+        fits = (highest >> shift) - (low >> shift) <= 509 - (1 << unit) - (256 >> unit)
+        base = ((low >> shift) - 2) & -(1 << unit)
+        missing = ((highest >> shift) - base - 254).clamp(min=0)
+        coarse = (missing + (256 >> unit) - 1) & -(256 >> unit)
         ones = 0xFFFF << (32 - shift) & 0xFFFF
-        windows = torch.where(fits, ones | ((low >> shift) - 1), windows)
+        windows = torch.where(fits, ones | coarse << (23 - shift) | base >> unit, windows)
     return torch.where(highest != 0, windows, 0)
 
 
 def _encode_second(bits: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    shift, base = _shift_and_base(windows)
-    codes = ((bits.to(torch.int64) + (_HALF >> (32 - shift.to(torch.int64)))) >> shift) - base
-    return torch.where(bits != 0, codes.clamp(min=1), 0)
+    shift, base, coarse = _grid(windows.to(torch.int64))
+    edge = (base + 2 * coarse) << shift
+    dither = _HALF >> (32 - shift)
+    kept = (bits + 2 * dither).minimum((bits + dither).maximum(edge))
+    steps = ((kept >> shift) - base).clamp(min=2)
+    return torch.where(bits != 0, (steps >> 1).maximum(steps - coarse), 0)

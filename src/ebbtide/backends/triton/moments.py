@@ -21,7 +21,7 @@ _WINDOW8 = tl.constexpr(5)
 
 _SMALLEST = tl.constexpr(1 << 24)
 _LARGEST = tl.constexpr(0x7E800000)
-_DORMANT = tl.constexpr(31 << 23)
+_DORMANT = tl.constexpr(28 << 23)
 _MOST_RATIO = tl.constexpr(0x5F800000)
 _INFINITE = tl.constexpr(0x7F800000)
 _NONE = tl.constexpr(0xFFFFFFFF)
@@ -101,11 +101,9 @@ def close_ordinary(
         BLOCKS: As there.
     """
     block = first + tl.arange(0, BLOCKS)
-    shift, base, window = _window_from(highest, lowest)
-    smallest = ((base + 1) << shift)[:, None]
-    bits = exp_avg_sq.to(tl.uint32, bitcast=True)
-    kept = tl.maximum(bits + (words >> (32 - shift)[:, None]), smallest)
-    codes = ((kept >> shift[:, None]) - base[:, None]).to(tl.uint8)
+    shift, base, coarse, window = _window_from(highest, lowest)
+    kept = _dithered(exp_avg_sq.to(tl.uint32, bitcast=True), words, shift, base, coarse)
+    codes = _codes_of((kept >> shift[:, None]) - base[:, None], coarse).to(tl.uint8)
     put(pointer(tl.load(row + ROW_STATE + 1), _WINDOW8, True), at, codes, codes, True)
     tl.store(tl.load(row + ROW_SCALE_OF + 1).to(tl.pointer_type(tl.uint16)) + block, window)
     scale, inverse = _scale_of(largest)
@@ -196,8 +194,8 @@ def _close_window(
     FAST: tl.constexpr,
 ) -> tl.tensor:
     """Encode second moments; returns the bits of what will be read."""
-    shift, base, window = _window_of(bits, ratio)
-    codes, decoded = _encode_second(bits, words, shift, base)
+    shift, base, coarse, window = _window_of(bits, ratio)
+    codes, decoded = _encode_second(bits, words, shift, base, coarse)
     put(pointer(tl.load(row + ROW_STATE + index), _WINDOW8, FAST), at, codes, inside, FAST)
     windows = tl.load(row + ROW_SCALE_OF + index).to(tl.pointer_type(tl.uint16))
     tl.store(windows + block, window, mask=there)
@@ -208,14 +206,16 @@ def _close_window(
 def _opened_second(code: tl.tensor, window: tl.tensor) -> tl.tensor:
     """Decode second moments from their codes and their blocks' windows."""
     run = window.to(tl.uint32)
-    ones = run * 0
-    leading = ones + 1
+    shift = run * 0 + 16
+    leading = run * 0 + 1
     for bit in tl.static_range(15, 8, -1):
         leading = leading & (run >> bit)
-        ones += leading
-    base = run & ((ones * 0 + 0xFFFF) >> ones)
+        shift += leading
+    unit = tl.minimum(24 - shift, 4)
+    coarse = (run >> (23 - shift)) & (256 - (256 >> unit))
+    base = (run << unit) & ((1 << (31 - shift)) - 1)
     wide = code.to(tl.uint32)
-    bits = (wide + base[:, None]) << (ones + 16)[:, None]
+    bits = (wide + tl.minimum(wide, coarse[:, None]) + base[:, None]) << shift[:, None]
     return tl.where(wide != 0, bits, 0).to(tl.float32, bitcast=True)
 
 
@@ -269,7 +269,7 @@ def _holdable(first: tl.tensor, second: tl.tensor, maximum: tl.tensor) -> tl.ten
 
 @triton.jit
 def _window_of(bits: tl.tensor, ratio: tl.tensor) -> tl.tensor:
-    """Return shift, base and window of each block of second moments."""
+    """Return shift, base, coarse codes and window of each block of second moments."""
     highest = tl.max(bits, axis=1)
     nonzero = bits != 0
     lowest = tl.min(tl.where(nonzero, bits, _NONE), axis=1)
@@ -281,27 +281,47 @@ def _window_of(bits: tl.tensor, ratio: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _window_from(highest: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Return shift, base and window that hold the bits from `low` to `highest`."""
+    """Return shift, base, coarse codes and window that hold the bits from `low` to `highest`."""
     shift = highest * 0 + 16
     for _ in tl.static_range(7):
-        wide = (highest >> shift) - (low >> shift) > 253
+        unit = tl.minimum(24 - shift, 4)
+        wide = (highest >> shift) - (low >> shift) > 509 - (1 << unit) - (256 >> unit)
         shift = tl.where(wide, shift + 1, shift)
+    unit = tl.minimum(24 - shift, 4)
     empty = highest == 0
-    base = tl.where(empty, 0, (tl.maximum(low, _SMALLEST) >> shift) - 1)
-    ones = shift - 16
-    window = ((ones * 0 + 0xFFFF0000) >> ones) & 0xFFFF
-    return shift, base, tl.where(empty, 0, window | base).to(tl.uint16)
+    base = tl.where(empty, 0, ((tl.maximum(low, _SMALLEST) >> shift) - 2) >> unit << unit)
+    missing = tl.maximum((highest >> shift) - base, 254) - 254
+    coarse = (missing + (256 >> unit) - 1) >> (8 - unit) << (8 - unit)
+    leading = ((shift * 0 + 0xFFFF) << (32 - shift)) & 0xFFFF
+    window = leading | (coarse << (23 - shift)) | (base >> unit)
+    return shift, base, coarse, tl.where(empty, 0, window).to(tl.uint16)
+
+
+@triton.jit
+def _dithered(
+    bits: tl.tensor, words: tl.tensor, shift: tl.tensor, base: tl.tensor, coarse: tl.tensor
+) -> tl.tensor:
+    """Return the bits of second moments with what makes rounding them down stochastic."""
+    dither = words >> (32 - shift)[:, None]
+    edge = ((base + 2 * coarse) << shift)[:, None]
+    return tl.minimum(bits + 2 * dither, tl.maximum(bits + dither, edge))
+
+
+@triton.jit
+def _codes_of(steps: tl.tensor, coarse: tl.tensor) -> tl.tensor:
+    """Return the codes of steps above the base: half of the coarse ones, all beyond."""
+    return steps - tl.minimum((steps + 1) >> 1, coarse[:, None])
 
 
 @triton.jit
 def _encode_second(
-    bits: tl.tensor, words: tl.tensor, shift: tl.tensor, base: tl.tensor
+    bits: tl.tensor, words: tl.tensor, shift: tl.tensor, base: tl.tensor, coarse: tl.tensor
 ) -> tl.tensor:
-    """Return the codes of second moments, and the bits of what they stand for."""
-    rounded = (bits + (words >> (32 - shift)[:, None])) >> shift[:, None]
-    code = tl.maximum(rounded.to(tl.int32) - base.to(tl.int32)[:, None], 1).to(tl.uint32)
-    code = tl.where(bits != 0, code, 0)
-    return code.to(tl.uint8), (code + base[:, None]) << shift[:, None]
+    """Return the codes of second moments, and bits with the exponent of what they stand for."""
+    least = ((base + 2) << shift)[:, None]
+    kept = tl.maximum(_dithered(bits, words, shift, base, coarse), least)
+    codes = _codes_of((kept >> shift[:, None]) - base[:, None], coarse)
+    return tl.where(bits != 0, codes, 0).to(tl.uint8), kept
 
 
 @triton.jit
@@ -313,7 +333,7 @@ def _encode_first(
     Args:
         first: From `_holdable`, with `ratio`.
         ratio: m/S.
-        decoded: Bits of the second moments as they will be read, from `_encode_second`.
+        decoded: From `_encode_second`.
         words: 32 random bits of each element.
     """
     scale, inverse = _scale_of(tl.max(_magnitude(ratio), axis=1))
