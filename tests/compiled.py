@@ -28,9 +28,9 @@ ADAM = {
 BFLOAT16 = {**ADAM, "PARAM": 2, "GRAD": 2, "STOCHASTIC": True}
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "row_of_tile": "*i32", "scalars": "*fp64", "verdict": "*fp64",
-    "lanes": "*i32", "spoilt": "*i64", "alarm": "i64", "partial": "*fp64", "tiles": "i32",
-    "partials": "i32", "found_inf": "*fp32", "loss_scale": "*fp32", "counters": "*i64",
-    "count": "i32", "numbers": "*fp64", "sources": "*i64",
+    "lanes": "*i32", "spoilt": "*i64", "alarm": "i64", "partial": "*fp64", "begin": "i32",
+    "end": "i32", "partials": "i32", "found_inf": "*fp32", "loss_scale": "*fp32",
+    "counters": "*i64", "count": "i32", "numbers": "*fp64", "sources": "*i64",
 }  # fmt: skip
 # Name: kernel, constants, warps.
 VARIANTS: dict[str, tuple[Any, dict[str, Any], int]] = {

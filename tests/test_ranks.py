@@ -12,8 +12,8 @@ import torch
 import ebbtide.torch
 import ebbtide.torch.rows
 from tests import rank_tasks
+from tests.rank_pool import RankPool
 from tests.rank_tasks import Numbers
-from tests.two_ranks import TwoRanks
 
 LOW = torch.bfloat16
 EIGHT = {"state_format": "8bit", "master_format": "32bit"}
@@ -25,8 +25,8 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[TwoRanks]:
-    pool = TwoRanks()
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
     yield pool
     pool.stop()
 
@@ -39,7 +39,7 @@ def assert_same(ours: Numbers, expected: Numbers) -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS[::2])
-def test_data_parallel_equals_one_process(ranks: TwoRanks, kind: str, options: dict) -> None:
+def test_data_parallel_equals_one_process(ranks: RankPool, kind: str, options: dict) -> None:
     expected = rank_tasks.alone(kind, torch.float32, 3, options)
     for numbers in ranks.run(rank_tasks.data_parallel, kind, 3, options):
         assert_same(numbers, expected)
@@ -49,7 +49,7 @@ def test_data_parallel_equals_one_process(ranks: TwoRanks, kind: str, options: d
 @pytest.mark.parametrize("dtype", [torch.float32, LOW, torch.float64], ids=str)
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_shards_equal_one_process(
-    ranks: TwoRanks, kind: str, options: dict, dtype: torch.dtype
+    ranks: RankPool, kind: str, options: dict, dtype: torch.dtype
 ) -> None:
     expected = rank_tasks.alone(kind, dtype, 3, options)
     for numbers in ranks.run(rank_tasks.fully_sharded, kind, dtype, 3, options):
@@ -68,20 +68,20 @@ def test_shards_equal_one_process(
     ids=str,
 )
 def test_low_bit_shards_equal_one_process(
-    ranks: TwoRanks, dtype: torch.dtype, options: dict
+    ranks: RankPool, dtype: torch.dtype, options: dict
 ) -> None:
     expected = rank_tasks.alone("AdamW", dtype, 3, options)
     for numbers in ranks.run(rank_tasks.fully_sharded, "AdamW", dtype, 3, options):
         assert_same(numbers, expected)
 
 
-def test_low_bit_replicas_equal_one_process(ranks: TwoRanks) -> None:
+def test_low_bit_replicas_equal_one_process(ranks: RankPool) -> None:
     expected = rank_tasks.alone("AdamW", torch.float32, 3, EIGHT)
     for numbers in ranks.run(rank_tasks.data_parallel, "AdamW", 3, EIGHT):
         assert_same(numbers, expected)
 
 
-def test_eight_bits_of_shards_by_columns_are_refused_by_name(ranks: TwoRanks) -> None:
+def test_eight_bits_of_shards_by_columns_are_refused_by_name(ranks: RankPool) -> None:
     for message in ranks.run(rank_tasks.columns_in_eight_bits):
         assert "parameter 'w'" in message
         assert "shards by rows" in message
@@ -89,7 +89,7 @@ def test_eight_bits_of_shards_by_columns_are_refused_by_name(ranks: TwoRanks) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
 def test_shards_equal_one_process_by_torch_operations(
-    ranks: TwoRanks, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ranks: RankPool, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(ebbtide.torch.rows, "_is_for_kernels", lambda *_: False)
     expected = rank_tasks.alone("AdamW", dtype, 3, {"clip_grad_norm": 10.0})
@@ -97,25 +97,25 @@ def test_shards_equal_one_process_by_torch_operations(
         assert_same(numbers, expected)
 
 
-def test_a_plain_gradient_of_a_shard_is_refused_by_name(ranks: TwoRanks) -> None:
+def test_a_plain_gradient_of_a_shard_is_refused_by_name(ranks: RankPool) -> None:
     for message in ranks.run(rank_tasks.plain_gradient):
         assert message == "parameter '0.weight' is a DTensor, its gradient a plain tensor"
 
 
-def test_what_the_document_shows_runs(ranks: TwoRanks, tmp_path: Path) -> None:
+def test_what_the_document_shows_runs(ranks: RankPool, tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     (code,) = re.findall(r"^```py\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     ranks.run(rank_tasks.run_code, code, {"folder": str(tmp_path)})
 
 
-def test_shards_by_columns_equal_the_whole(ranks: TwoRanks) -> None:
+def test_shards_by_columns_equal_the_whole(ranks: RankPool) -> None:
     for shards, expected in ranks.run(rank_tasks.columns, torch.float32):
         assert_same(shards, expected)
 
 
 # Sums of squares are added in another order over shards: the clipped gradients differ by an ulp.
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)], ids=str)
-def test_the_norm_is_that_of_all_ranks(ranks: TwoRanks, shape: tuple[int, ...]) -> None:
+def test_the_norm_is_that_of_all_ranks(ranks: RankPool, shape: tuple[int, ...]) -> None:
     model = rank_tasks.model_of()
     optimizer = rank_tasks.optimizer_of("AdamW", model, clip_grad_norm=0.05)
     rank_tasks.train(model, optimizer, 3)
@@ -126,7 +126,7 @@ def test_the_norm_is_that_of_all_ranks(ranks: TwoRanks, shape: tuple[int, ...]) 
             torch.testing.assert_close(numbers[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_nonfinite_gradient_is_raised_on_every_rank(ranks: TwoRanks) -> None:
+def test_a_nonfinite_gradient_is_raised_on_every_rank(ranks: RankPool) -> None:
     first, second = ranks.run(rank_tasks.poisoned, "raise")
     assert "'0.weight' (1 of" in second["message"]
     assert "another rank" in first["message"]
@@ -136,7 +136,7 @@ def test_a_nonfinite_gradient_is_raised_on_every_rank(ranks: TwoRanks) -> None:
         assert changed.sum() == changed.numel() - 1
 
 
-def test_a_step_is_skipped_on_every_rank(ranks: TwoRanks) -> None:
+def test_a_step_is_skipped_on_every_rank(ranks: RankPool) -> None:
     for each in ranks.run(rank_tasks.poisoned, "skip"):
         assert each["message"] == ""
         assert each["skipped"]
@@ -145,7 +145,7 @@ def test_a_step_is_skipped_on_every_rank(ranks: TwoRanks) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_creating_the_state_moves_nothing(ranks: TwoRanks, kind: str, dtype: torch.dtype) -> None:
+def test_creating_the_state_moves_nothing(ranks: RankPool, kind: str, dtype: torch.dtype) -> None:
     for before, after, keys in ranks.run(rank_tasks.materialised, kind, dtype):
         assert_same(after, before)
         if kind == "AdamW":
@@ -159,7 +159,7 @@ def test_creating_the_state_moves_nothing(ranks: TwoRanks, kind: str, dtype: tor
     ids=str,
 )  # fmt: skip
 def test_a_distributed_checkpoint_resumes_on_two_ranks_and_on_one(
-    ranks: TwoRanks, tmp_path: Path, dtype: torch.dtype, options: dict, flatten: bool
+    ranks: RankPool, tmp_path: Path, dtype: torch.dtype, options: dict, flatten: bool
 ) -> None:
     args = (str(tmp_path), dtype, flatten, options)
     straight, _ = ranks.run(rank_tasks.save_distributed, *args)
@@ -171,7 +171,7 @@ def test_a_distributed_checkpoint_resumes_on_two_ranks_and_on_one(
 @pytest.mark.parametrize("way", ["load_state_dict", "full", "broadcast"])
 @pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (LOW, EIGHT)], ids=str)
 def test_a_whole_state_is_scattered_over_shards(
-    ranks: TwoRanks, way: str, dtype: torch.dtype, options: dict
+    ranks: RankPool, way: str, dtype: torch.dtype, options: dict
 ) -> None:
     model = rank_tasks.model_of(dtype, sizes=rank_tasks.sizes_for(options))
     optimizer = rank_tasks.optimizer_of("AdamW", model, **options)
@@ -185,7 +185,7 @@ def test_a_whole_state_is_scattered_over_shards(
         assert_same(numbers, rank_tasks.numbers_of(model, optimizer))
 
 
-def test_a_gathered_state_loads_in_one_process(ranks: TwoRanks) -> None:
+def test_a_gathered_state_loads_in_one_process(ranks: RankPool) -> None:
     model = rank_tasks.model_of()
     optimizer = rank_tasks.optimizer_of("AdamW", model)
     rank_tasks.train(model, optimizer, 2)
@@ -196,7 +196,7 @@ def test_a_gathered_state_loads_in_one_process(ranks: TwoRanks) -> None:
     assert_same(rank_tasks.numbers_of(model, fresh), before)
 
 
-def test_every_rank_refuses_what_one_refuses(ranks: TwoRanks) -> None:
+def test_every_rank_refuses_what_one_refuses(ranks: RankPool) -> None:
     (first, unchanged), (second, unchanged_too) = ranks.run(rank_tasks.refused_on_one)
     assert unchanged
     assert unchanged_too
@@ -204,6 +204,6 @@ def test_every_rank_refuses_what_one_refuses(ranks: TwoRanks) -> None:
     assert "negative" in second
 
 
-def test_partial_gradients_are_added_up(ranks: TwoRanks) -> None:
+def test_partial_gradients_are_added_up(ranks: RankPool) -> None:
     for param, expected in ranks.run(rank_tasks.partial_gradient):
         assert torch.equal(param, expected)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests import triton_tasks
+from tests.rank_pool import RankPool
 from tests.rank_tasks import Numbers
 from tests.tolerances import GRAD_NORM, TRITON_CLIPPED
-from tests.two_ranks import TwoRanks
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[TwoRanks]:
-    pool = TwoRanks()
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
     yield pool
     pool.stop()
 
@@ -32,7 +32,7 @@ def assert_close(ours: Numbers, expected: Numbers) -> None:
     "options", [{"clip_grad_norm": 0.05}, {"clip_grad_norm": 0.05, "nonfinite": "skip"}], ids=str
 )
 def test_ranks_decide_together_on_their_devices(
-    ranks: TwoRanks, options: dict[str, Any], shape: tuple[int, ...]
+    ranks: RankPool, options: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     ours = ranks.run(triton_tasks.decided, "triton", shape, options)
     theirs = ranks.run(triton_tasks.decided, "core", shape, options)
@@ -44,7 +44,7 @@ def test_ranks_decide_together_on_their_devices(
         assert_close(numbers, expected)
 
 
-def test_what_is_not_finite_on_one_rank_is_raised_on_all_in_the_next_step(ranks: TwoRanks) -> None:
+def test_what_is_not_finite_on_one_rank_is_raised_on_all_in_the_next_step(ranks: RankPool) -> None:
     (first, numbers), (second, others) = ranks.run(triton_tasks.raised, "triton")
     (core, expected), _ = ranks.run(triton_tasks.raised, "core")
     assert [bool(each) for each in first] == [False, False, True, False]
@@ -56,15 +56,7 @@ def test_what_is_not_finite_on_one_rank_is_raised_on_all_in_the_next_step(ranks:
         assert torch.equal(others[name], value), name
 
 
-def test_asking_after_a_step_raises_on_every_rank(ranks: TwoRanks) -> None:
+def test_asking_after_a_step_raises_on_every_rank(ranks: RankPool) -> None:
     first, second = ranks.run(triton_tasks.asked)
     assert first == "non-finite gradient on another rank, which names it"
     assert "step 1 in 'weight' (1 of" in second
-
-
-def test_parameters_spread_in_two_ways_are_clipped_by_one_norm(ranks: TwoRanks) -> None:
-    ours = ranks.run(triton_tasks.mixed, "triton")
-    theirs = ranks.run(triton_tasks.mixed, "core")
-    for (norm, numbers), (their_norm, expected) in zip(ours, theirs, strict=True):
-        assert norm == pytest.approx(their_norm, **GRAD_NORM)
-        assert_close(numbers, expected)

@@ -108,17 +108,3 @@ def asked(rank: int) -> str:
         except FloatingPointError as error:
             return str(error)
         return ""
-
-
-def mixed(rank: int, backend: str) -> tuple[float, Numbers]:
-    """Shards beside a parameter that every rank holds whole."""
-    with stepped_by(backend):
-        model = model_on((2,))
-        own = nn.Parameter(torch.ones(3))
-        named = [*model.named_parameters(), ("own", own)]
-        optimizer = ebbtide.torch.AdamW(named, lr=0.01, clip_grad_norm=0.05)
-        for step in range(2):
-            gradients(model, step)
-            own.grad = torch.full((3,), 0.5)
-            optimizer.step()
-        return optimizer.last_grad_norm, {**numbers_of(model, optimizer), "own": own.detach()}

@@ -79,6 +79,7 @@ class Row:
         count: Steps taken, where the state has no count.
         device: Where the memory is, in torch's words.
         counts_on_device: The step count lies there too and must not be read.
+        way: Of those in which parameters are spread over processes, for their common norm.
         local: The row is the local shard of a distributed tensor.
         lazy_grad: Its gradient may read otherwise than it lies, as torch's lazy conjugates do.
         keep: Objects that own the memory of the addresses.
@@ -102,6 +103,7 @@ class Row:
     count: int = 0
     device: str = "cpu"
     counts_on_device: bool = False
+    way: int = 0
     local: bool = False
     lazy_grad: bool = False
     keep: tuple[object, ...] = ()

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from ebbtide.torch.ranks import reduced
+from ebbtide.torch.ranks import Way, largest, over_shards
 
 __all__ = ["Agreement", "Ranks"]
 
 
 class Ranks:
-    """Adds up over processes what one layout of parameters has spread over them.
+    """Adds up over processes what parameters have spread over them.
 
     Args:
-        layout: Mesh and placements of all parameters.
+        ways: In which they are spread, by `way_of`.
+        meshes: Every rank of them takes part.
     """
 
-    def __init__(self, layout: tuple[Any, Any]) -> None:
-        self._mesh, placements = layout
-        self._dims = [dim for dim, each in enumerate(placements) if each.is_shard()]
+    def __init__(self, ways: Sequence[Way | None], meshes: Sequence[Any]) -> None:
+        self._ways, self._meshes = ways, meshes
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all shards; what every rank holds counts once."""
-        return reduced(value, self._mesh, "SUM", self._dims)
+    @property
+    def ways(self) -> int:
+        """In how many ways parameters are spread over processes."""
+        return len(self._ways)
+
+    def total(self, sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of each way over all shards; what every rank holds counts once."""
+        pairs = zip(sums, self._ways, strict=True)
+        totals = [over_shards(each.sum().view(1), way) for each, way in pairs]
+        return totals[0] if len(totals) == 1 else torch.cat(totals)
 
     def largest(self, value: torch.Tensor) -> torch.Tensor:
         """Return the largest value of any rank."""
-        return reduced(value, self._mesh, "MAX", range(self._mesh.ndim))
+        return largest(value, self._meshes)
 
 
 class Agreement:
@@ -41,8 +48,7 @@ class Agreement:
     """
 
     def __init__(self, flag: torch.Tensor, meshes: Iterable[Any]) -> None:
-        for mesh in meshes:
-            flag = reduced(flag, mesh, "MAX", range(mesh.ndim))
+        flag = largest(flag, meshes)
         self._done: torch.cuda.Event | None = None
         if flag.is_cuda:
             self._found = torch.empty(1, dtype=flag.dtype, pin_memory=True)

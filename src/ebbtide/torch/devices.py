@@ -9,7 +9,7 @@ import torch
 from ebbtide.backends.cpu import available
 from ebbtide.plan import Outcome, Plan, nonfinite_message
 from ebbtide.torch.agreement import Agreement, Ranks
-from ebbtide.torch.ranks import layouts_of
+from ebbtide.torch.ranks import Way, way_of
 from ebbtide.torch.rows import Planner
 from ebbtide.torch.watch import Watch
 
@@ -55,16 +55,19 @@ class Devices:
     def ask(self, optimizer: Optimizer, planner: Planner) -> bool:
         """Tell whether the GPUs decide of a step without the host: where nothing else is stepped.
 
-        Sums over a GPU and the CPU wait for the device, and sums over ranks where parameters are
-        spread in more than one way.
+        Sums over a GPU and the CPU wait for the device.
         """
         on_host = planner.tensors or any(planner.plan.rows())
         self.active = any(planner.launched.rows())
         self.alone = self.active and not on_host
         self.question = None
-        layouts = layouts_of(entry[0] for entry in planner.launched.entries)
-        if self.alone and len(layouts) == 1:
-            self._ranks = None if layouts[0] is None else Ranks(layouts[0])
+        if self.alone:
+            ways: dict[Way | None, int] = {}
+            for param, _, row, _ in planner.launched.entries:
+                way = ways.setdefault(way_of(param), len(ways))
+                if row is not None:
+                    row.way = way
+            self._ranks = Ranks(list(ways), optimizer._meshes) if optimizer._meshes else None
             self.question = _question_of(optimizer, self._ranks)
         return self.question is not None
 

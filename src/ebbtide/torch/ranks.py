@@ -7,7 +7,7 @@ there is none. Every rank of a mesh must call the functions that reduce, in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,22 @@ import torch
 from ebbtide.plan import Plan
 
 __all__ = [
+    "Way",
     "any_rank",
     "distributed",
-    "layouts_of",
+    "largest",
     "local_grad",
     "local_of",
     "meshes_of",
+    "over_shards",
     "placed",
-    "reduced",
     "shard_offset",
     "sharded_like",
     "sum_squares",
+    "way_of",
 ]
+
+Way = tuple[Any, tuple[int, ...]]  # a mesh, and those of its dimensions that shards are spread over
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,12 +149,31 @@ def meshes_of(params: Iterable[torch.Tensor]) -> list[Any]:
     return list(dict.fromkeys(_layout(param)[0] for param in params if distributed(param)))
 
 
-def layouts_of(params: Iterable[torch.Tensor]) -> list[tuple[Any, Any] | None]:
-    """List mesh and placements of parameters, each once; `None` for plain ones."""
-    return list(dict.fromkeys(_layout(p) if distributed(p) else None for p in params))
+def way_of(param: torch.Tensor) -> Way | None:
+    """Return the way in which a parameter is spread; `None` where every rank holds all of it.
+
+    Tensor parallelism and FSDP2 together make a `_StridedShard`, whose `is_shard()` says no.
+    """
+    if not distributed(param):
+        return None
+    mesh, placements = _layout(param)
+    dims = tuple(dim for dim, each in enumerate(placements) if not each.is_replicate())
+    return (mesh, dims) if dims else None
 
 
-def reduced(value: torch.Tensor, mesh: Any, op: str, dims: Iterable[int]) -> torch.Tensor:
+def over_shards(value: torch.Tensor, way: Way | None) -> torch.Tensor:
+    """Return the sum of a value over all shards; what every rank holds counts once."""
+    return value if way is None else _reduced(value, way[0], "SUM", way[1])
+
+
+def largest(value: torch.Tensor, meshes: Iterable[Any]) -> torch.Tensor:
+    """Return the largest value of any rank of the meshes."""
+    for mesh in meshes:
+        value = _reduced(value, mesh, "MAX", range(mesh.ndim))
+    return value
+
+
+def _reduced(value: torch.Tensor, mesh: Any, op: str, dims: Iterable[int]) -> torch.Tensor:
     """Return a tensor reduced over dimensions of a mesh; the host waits where the mesh is its own.
 
     Args:
@@ -167,12 +190,12 @@ def reduced(value: torch.Tensor, mesh: Any, op: str, dims: Iterable[int]) -> tor
     return total.to(value.device)
 
 
-def any_rank(flag: bool, meshes: Iterable[Any]) -> bool:
+def any_rank(flag: bool, meshes: Sequence[Any]) -> bool:
     """Tell whether the flag is set on any rank of the meshes."""
-    for mesh in meshes:
-        value = torch.tensor([float(flag)], device=mesh.device_type)
-        flag = bool(reduced(value, mesh, "MAX", range(mesh.ndim)).item())
-    return flag
+    if not meshes:
+        return flag
+    value = torch.tensor([float(flag)], device=meshes[0].device_type)
+    return bool(largest(value, meshes).item())
 
 
 def sum_squares(plan: Plan, compute: Callable[[Plan], float]) -> float:
@@ -184,17 +207,14 @@ def sum_squares(plan: Plan, compute: Callable[[Plan], float]) -> float:
         plan: Rows of local shards.
         compute: Sums the squares of the rows of a plan.
     """
-    parts: dict[Any, Plan] = {}
+    parts: dict[Way | None, Plan] = {}
     for entry in plan.entries:
-        layout = _layout(entry[0]) if distributed(entry[0]) else None
-        parts.setdefault(layout, Plan(plan.rule)).entries.append(entry)
-    return math.fsum(_over_ranks(compute(part), layout) for layout, part in parts.items())
+        parts.setdefault(way_of(entry[0]), Plan(plan.rule)).entries.append(entry)
+    return math.fsum(_over_shards(compute(part), way) for way, part in parts.items())
 
 
-def _over_ranks(total: float, layout: tuple[Any, Any] | None) -> float:
-    if layout is None:
+def _over_shards(total: float, way: Way | None) -> float:
+    if way is None:
         return total
-    mesh, placements = layout
-    value = torch.tensor([total], dtype=torch.float64, device=mesh.device_type)
-    dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-    return float(reduced(value, mesh, "SUM", dims).item())
+    value = torch.tensor([total], dtype=torch.float64, device=way[0].device_type)
+    return float(over_shards(value, way).item())

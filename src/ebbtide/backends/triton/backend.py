@@ -118,22 +118,22 @@ class TritonBackend:
         """Let the first device answer, and tell the others."""
         lead, *others = self._active
         self._lead = lead
-        sums = [device.partial_sums(question) for device in self._active]
-        partial = sums[0]
-        if others:
-            partial = torch.cat([each.to(lead.device, non_blocking=True) for each in sums])
-        if question.wants_norm and question.ranks is not None:
-            partial = question.ranks.total(partial.sum().view(1))
+        if question.ranks is None or not question.wants_norm:
+            partial = self._partial_sums(question, 0)
+        else:
+            ways = range(question.ranks.ways)
+            partial = question.ranks.total([self._partial_sums(question, way) for way in ways])
         lead.decide(plan.rule, question.on(lead.device), partial, groups)
         for device in others:
             device.verdict.copy_(lead.verdict, non_blocking=True)
 
-    def sum_squares(self, plan: Plan) -> float:
-        """Return the sum of squares of the gradients of the plan last given; waits for it."""
-        del plan
-        question = Question(skip=True)
-        sums = [device.partial_sums(question).sum() for device in self._active]
-        return sum(float(each) for each in sums)
+    def _partial_sums(self, question: Question, way: int) -> torch.Tensor:
+        """Return sums of squares of all devices, on the first one."""
+        lead, *others = self._active
+        sums = [device.partial_sums(question, way) for device in self._active]
+        if not others:
+            return sums[0]
+        return torch.cat([each.to(lead.device, non_blocking=True) for each in sums])
 
     @property
     def captures(self) -> bool:

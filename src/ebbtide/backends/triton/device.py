@@ -69,7 +69,8 @@ class Device:
     def forget(self) -> None:
         """Drop the tables: the next step needs a plan."""
         self._uploader.release()
-        self._launches: list[Launch] = []
+        self._launches: list[Launch] = []  # in the order of their ways
+        self._tiles_of_way: dict[int, tuple[int, int]] = {}  # the first, and behind the last
         self._keys: list[_Key] = []
         self._counters: list[_Counter] = []
         self._counted: list[torch.Tensor] = []
@@ -107,7 +108,8 @@ class Device:
             launch.add(entry, row, keys.setdefault(key, len(keys)))
             if counter is not None:
                 self._counters.append(counter)
-        self._launches, self._keys = list(launches.values()), list(keys)
+        self._launches = sorted(launches.values(), key=lambda each: each.kind.way)
+        self._keys = list(keys)
         self._send_tables(counted, entries)
         self.send_gradients(torch.tensor([row.grad.address for _, row in self.rows]))
 
@@ -124,16 +126,17 @@ class Device:
         """Let the caller advance the rows' step counts from now on."""
         self._counters = []
 
-    def partial_sums(self, question: Question) -> torch.Tensor:
-        """Return sums of squares, on the device; their sum is that of all gradients."""
-        tiles = self._row_of_tile.numel()
-        if not question.wants_norm or not tiles:
+    def partial_sums(self, question: Question, way: int) -> torch.Tensor:
+        """Return sums of squares, on the device; their sum is that of all gradients of one way."""
+        begin, end = self._tiles_of_way.get(way, (0, 0))
+        if not question.wants_norm or begin == end:
             return self.verdict[:0]
-        size = min(SUMMING, tiles)
+        size = min(SUMMING, end - begin)
         with self._on_device():
             sums = torch.empty(size, dtype=torch.float64, device=self.device)
             self.launcher.launch(
-                norm.sum_squares, size, (self._table, self._grads, self._row_of_tile, tiles, sums),
+                norm.sum_squares, size,
+                (self._table, self._grads, self._row_of_tile, begin, end, sums),
                 {"FINITE_ONLY": question.finite_only, "SIZE": BLOCKS * BLOCK}, warps=2,
             )  # fmt: skip
         return sums
@@ -283,8 +286,10 @@ class Device:
         tables = [torch.cat(columns or [nothing]), torch.cat(row_of_tile or [nothing.int()])]
         tables.append(torch.tensor(counted, dtype=torch.int64))
         self._table, self._row_of_tile, counters = self._send("tables", tables)
-        for launch, place in zip(self._launches, places, strict=False):
+        for launch, place, after in zip(self._launches, places, places[1:], strict=False):
             launch.row_of_tile = self._row_of_tile[place : place + launch.tiles]
+            way = launch.kind.way
+            self._tiles_of_way[way] = (self._tiles_of_way.get(way, (place,))[0], after)
         with self._on_device():
             if counted:
                 shape = (len(counted) // 3, len(with_key(Scalars(0, 0, 0, 0, 0))))

@@ -22,29 +22,31 @@ _BFLOAT16 = tl.constexpr(2)
 _FLOAT16 = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["begin", "end"])
 def sum_squares(
     rows: tl.tensor,
     grads: tl.tensor,
     row_of_tile: tl.tensor,
-    tiles: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     partial: tl.tensor,
     FINITE_ONLY: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    """Sum the squares of every n-th tile, n programs in all, in float64 and in a fixed order.
+    """Sum the squares of every n-th tile of some, n programs in all, in float64 and in fixed order.
 
     Args:
         rows: As in `step`.
         grads: As in `step`.
         row_of_tile: Index of the row that a tile belongs to, of all launches.
-        tiles: Number of tiles.
+        begin: First of the tiles.
+        end: Behind the last one.
         partial: The sum of each program; written.
         FINITE_ONLY: Leave out elements whose square is not finite.
         SIZE: Elements of a tile.
     """
     total = tl.zeros((SIZE,), tl.float64)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(begin + tl.program_id(0), end, tl.num_programs(0)):
         index = tl.load(row_of_tile + tile).to(tl.int64)
         row = rows + index * ROW_WIDTH
         first = (tile - tl.load(row + ROW_TILES_BEFORE)) * SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,8 +14,12 @@ __all__ = ["Question", "Ranks"]
 class Ranks(Protocol):
     """What adds up over processes, on the device."""
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all shards."""
+    @property
+    def ways(self) -> int:
+        """In how many ways parameters are spread over processes."""
+
+    def total(self, sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return numbers whose sum is that over all shards, from addends of each way."""
 
     def largest(self, value: torch.Tensor) -> torch.Tensor:
         """Return the largest value of any rank."""

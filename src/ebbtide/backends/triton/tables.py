@@ -47,6 +47,7 @@ class Kind(NamedTuple):
         state: Of the state arrays, -1 where there is none.
         stochastic: Whether the parameter is rounded stochastically.
         counts_on_device: Whether the step count lies there, and the scalars are computed there.
+        way: In which the parameter is spread over processes.
     """
 
     param: int
@@ -55,6 +56,7 @@ class Kind(NamedTuple):
     state: tuple[int, ...]
     stochastic: bool
     counts_on_device: bool
+    way: int
 
     @property
     def narrowest(self) -> int:
@@ -257,6 +259,7 @@ def kind_of(row: Row) -> Kind:
         (*state, *[-1] * (3 - len(state))),
         row.stochastic,
         row.counts_on_device,
+        row.way,
     )
 
 

@@ -1,4 +1,4 @@
-"""Two processes with gloo between them, started once, to which tests hand functions."""
+"""Processes with gloo between them, started once, to which tests hand functions."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-RANKS = 2
-LIMIT_SECONDS = 180  # of waiting for a rank; a machine under load takes a minute to start two
+LIMIT_SECONDS = 180  # of waiting for a rank; a machine under load takes a minute to start them
 
 
-class TwoRanks:
-    """Runs a function on both ranks and gives what they return.
+class RankPool:
+    """Runs a function on all ranks and gives what they return.
 
-    A function that raises on one rank leaves the other in a collective; both are then ended, and
+    A function that raises on one rank leaves the others in a collective; all are then ended, and
     the next call starts new ones.
+
+    Args:
+        size: Number of ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 2) -> None:
+        self._size = size
         self._context = torch.multiprocessing.get_context("spawn")
         self._processes: list[Any] = []
 
     def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run `task(rank, *args)` on both ranks; returns both results."""
+        """Run `task(rank, *args)` on all ranks; returns all results."""
         if not self._processes:
             self._start()
         for inbox in self._inboxes:
             inbox.put((task, args))
-        results: list[Any] = [None] * RANKS
-        for _ in range(RANKS):
+        results: list[Any] = [None] * self._size
+        for _ in range(self._size):
             try:
                 rank, result, error = self._outbox.get(timeout=LIMIT_SECONDS)
             except queue.Empty:
@@ -51,29 +54,28 @@ class TwoRanks:
     def _start(self) -> None:
         meeting = Path(tempfile.mkdtemp()) / "rendezvous"
         self._outbox = self._context.Queue()
-        self._inboxes = [self._context.Queue() for _ in range(RANKS)]
+        self._inboxes = [self._context.Queue() for _ in range(self._size)]
         for rank, inbox in enumerate(self._inboxes):
-            process = self._context.Process(
-                target=_serve, args=(rank, str(meeting), inbox, self._outbox), daemon=True
-            )
+            args = (rank, self._size, str(meeting), inbox, self._outbox)
+            process = self._context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._processes.append(process)
 
     def stop(self) -> None:
-        """End both processes."""
+        """End all processes."""
         for process in self._processes:
             process.kill()
             process.join()
         self._processes = []
 
 
-def _serve(rank: int, meeting: str, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, size: int, meeting: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",
         rank=rank,
-        world_size=RANKS,
+        world_size=size,
         timeout=timedelta(seconds=LIMIT_SECONDS / 2),
     )
     while True:

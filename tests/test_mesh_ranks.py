@@ -1,0 +1,40 @@
+"""Four ranks in two dimensions: one norm over parameters that are spread in several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests import mesh_tasks
+from tests.rank_pool import RankPool
+from tests.tolerances import GRAD_NORM, TORCH_FLOAT32
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.stop()
+
+
+# "hybrid": one dimension holds copies, the other shards. "tensor": rows and columns are spread over
+# one, all of it again over the other. "mixed": beside these, parameters that some ranks do not have
+# or that all ranks have whole, as DTensors and without.
+@pytest.mark.parametrize("layout", ["hybrid", "tensor", "mixed"])
+@pytest.mark.parametrize("backend", ["core", "triton"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_every_element_counts_once_and_no_device_is_waited_for(
+    ranks: RankPool, nonfinite: str, backend: str, layout: str
+) -> None:
+    options: dict[str, Any] = {"nonfinite": nonfinite}
+    expected, theirs = mesh_tasks.by_torch(layout, options)
+    for norms, skipped, reads, ours in ranks.run(mesh_tasks.clipped, backend, layout, options):
+        assert norms == pytest.approx(expected, **GRAD_NORM)
+        assert skipped == (nonfinite == "skip")
+        assert (reads == 0) == (backend == "triton")
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, **TORCH_FLOAT32)
