@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebbtide import codecs
 from ebbtide.backends import torch_ops
@@ -170,8 +172,12 @@ def test_a_captured_step_equals_one_with_numbers(options: dict[str, Any], tensor
     assert state["step"] == 5
 
 
-def test_a_captured_step_reads_nothing() -> None:
+def test_a_captured_step_neither_reads_nor_sends(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device there is nothing to read: any attempt raises."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a number of the host's would be copied to the device")
+
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         param = torch.empty(3, 4, dtype=dtype, device="meta")
         param.grad = torch.empty_like(param)
@@ -180,10 +186,40 @@ def test_a_captured_step_reads_nothing() -> None:
         state = {key: torch.empty_like(param) for key in ADAM.state_keys(group)}
         state["step"] = torch.empty((), device="meta")
         row = row_of(param, real, state, capturable=True)
-        total = torch_ops.sum_squares([param.grad], finite_only=True)
-        verdict = Verdict(scale=total.rsqrt(), apply=torch.isfinite(total), norm=total.sqrt())
-        scalars = torch_ops.tensor_scalars(ADAM, group, row.next_step())
-        torch_ops.run(ADAM, [row], lambda _, s=scalars: s, verdict, guard=True, counted=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", refused)
+            total = torch_ops.sum_squares([param.grad], finite_only=True)
+            verdict = Verdict(scale=total.rsqrt(), apply=torch.isfinite(total), norm=total.sqrt())
+            scalars = torch_ops.tensor_scalars(ADAM, group, row.next_step())
+            torch_ops.run(ADAM, [row], lambda _, s=scalars: s, verdict, guard=True, counted=False)
+
+
+class Held(TorchDispatchMode):
+    """Counts how many float64 arrays there are at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._arrays: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if result.dtype == torch.float64 and result.ndim:
+            self._arrays.append(weakref.ref(result))
+        self.most = max(self.most, sum(each() is not None for each in self._arrays))
+        return result
+
+
+def test_the_norm_holds_the_squares_of_one_gradient_at_a_time() -> None:
+    """Those of all at once would need more memory than the model's state."""
+    most = []
+    for count in (1, 9):
+        grads = [torch.ones(7) for _ in range(count)]
+        with Held() as held:
+            total = torch_ops.sum_squares(grads, finite_only=True)
+        assert total == 7 * count
+        most.append(held.most)
+    assert 0 < most[0] == most[1]
 
 
 @pytest.mark.parametrize("apply", [True, False])

@@ -50,6 +50,8 @@ def refusing_to_wait() -> Iterator[None]:
 def test_a_step_never_waits_for_the_device(words: dict[str, Any]) -> None:
     run = Run("AdamW", SHAPES, GPU, **WORDS, **words).step(3)
     run.grads()
+    if "clip_grad_norm" in words:
+        run.optimizer.clip_grad_norm = 0.5  # which the device has not been told yet
     with refusing_to_wait():
         run.optimizer.step()
 
@@ -113,14 +115,18 @@ def test_a_step_allocates_nothing_that_grows_with_the_model() -> None:
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
 
 
-def test_parameters_beyond_two_to_the_thirty_one_elements() -> None:
-    numel = (1 << 31) + 129
-    param = torch.zeros(numel, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("state_format", [None, "8bit"])
+def test_parameters_beyond_two_to_the_thirty_one_elements(state_format: str | None) -> None:
+    shape = ((1 << 16) + 1, 1 << 15)
+    param = torch.zeros(shape, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     param.grad = torch.zeros_like(param)
-    param.grad[-1] = 1.0
-    AdamW([param], lr=0.5, weight_decay=0.0).step()
-    assert float(param.detach()[-1]) == -0.5
-    assert float(param.detach()[0]) == 0.0
+    param.grad[-1, -1] = 1.0
+    words: dict[str, Any] = {"state_format": state_format, "clip_grad_norm": 2.0}
+    optimizer = AdamW([("w", param)], lr=0.5, weight_decay=0.0, **words)
+    optimizer.step()
+    assert optimizer.last_grad_norm == 1.0
+    assert float(param.detach()[-1, -1]) == pytest.approx(-0.5, rel=2**-7)  # rounded
+    assert float(param.detach()[0, 0]) == 0.0
 
 
 def test_parameters_on_the_cpu_and_the_gpu_in_one_optimizer() -> None:

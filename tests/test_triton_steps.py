@@ -318,6 +318,13 @@ def test_state_moves_between_the_device_and_the_cpu(device: str) -> None:
     assert_same_bits(other.numbers(), whole.numbers())
 
 
+def test_a_number_on_another_device_is_not_read() -> None:
+    """Nothing on the meta device can be."""
+    group = {"lr": torch.zeros((), device="meta"), "decay_policy": "l2"}
+    numbers, sources = tables.numbers_of([group], torch.device("cpu"))
+    assert numbers[0] == sources[0] == 0
+
+
 # Hyperparameters and counts on the device.
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebbtide import codecs
 from ebbtide.rules import Rule, Scalars
 
 __all__ = ["TensorRow", "Verdict", "run", "sum_squares", "tensor_scalars"]
@@ -142,11 +141,20 @@ def sum_squares(grads: Sequence[Tensor], *, finite_only: bool = False) -> Tensor
         grads: The gradients; any device and layout.
         finite_only: Leave out elements that are not finite, or whose square is not.
     """
-    squares = [_wide(_values(grad)).square() for grad in grads]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        sums.setdefault(grad.device, []).append(_sum_of_squares(grad, finite_only))
+    totals = [torch.stack(each).sum() for each in sums.values()]
+    # On the host where a gradient is: a device can be waited for, but has nothing to wait for.
+    home = min(sums, key=lambda device: device.type != "cpu")
+    return torch.stack([each.to(home) for each in totals]).sum()
+
+
+def _sum_of_squares(grad: Tensor, finite_only: bool) -> Tensor:
+    squares = _wide(_values(grad)).square()
     if finite_only:
-        squares = [torch.where(torch.isfinite(each), each, 0.0) for each in squares]
-    sums = [each.sum() for each in squares]
-    return torch.stack([each.to(sums[0].device) for each in sums]).sum()
+        squares = torch.where(torch.isfinite(squares), squares, 0.0)
+    return squares.sum()
 
 
 def run(
@@ -287,8 +295,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _element_bits(row: TensorRow, s: Scalars, like: Tensor, *, state: bool) -> Tensor:
     """Return 32 random bits for each element: `codecs.dither_bits`, vectorised."""
-    step = torch.as_tensor(s.step, device=like.device).to(torch.int64)
-    seed = torch.tensor(int(s.seed), device=like.device)
+    step, seed = _whole(s.step, like.device), _whole(s.seed, like.device)
     key = _mix(_mix(seed) ^ _mix((step >> 7) * _signed(0xD1342543DE82EF95)) ^ _signed(row.salt))
     first, lead = divmod(row.offset, 128)
     stop = lead + like.numel()
@@ -300,9 +307,21 @@ def _element_bits(row: TensorRow, s: Scalars, like: Tensor, *, state: bool) -> T
     return bits.reshape(-1)[lead:stop].reshape(like.shape)
 
 
+def _whole(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device, torch.int64)
+    return torch.full((), int(number), dtype=torch.int64, device=device)
+
+
 def _lanes(device: torch.device) -> Tensor:
-    lanes = [codecs.lane_constant(lane) for lane in range(128)]
-    return torch.tensor(lanes, device=device)
+    """Return `codecs.lane_constant` of every lane, computed there: a copy would be waited for."""
+    lane = torch.arange(128, device=device)
+    reversed_lane = torch.zeros_like(lane)
+    for bit in range(7):
+        reversed_lane |= ((lane >> bit) & 1) << (6 - bit)
+    filling = _mix(lane)
+    upper = (reversed_lane << 9) | _shifted(filling, 55)
+    return (upper << 16) | ((lane * 85 & 127) << 9) | (filling & 511)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Agreement:
             self._found = torch.empty(1, dtype=flag.dtype, pin_memory=True)
             self._found.copy_(flag, non_blocking=True)
             self._done = torch.cuda.Event()
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(flag.device))
         else:
             self._found = flag
 

@@ -263,8 +263,8 @@ class Optimizer(Persistent):
         if isinstance(verdict.apply, torch.Tensor):
             self._skipped = ~verdict.apply
             if not isinstance(self._skipped_steps, torch.Tensor):
-                total = torch.tensor(self._skipped_steps, device=verdict.apply.device)
-                self._skipped_steps = total
+                total, device = self._skipped_steps, verdict.apply.device
+                self._skipped_steps = torch.full((), total, device=device)
             self._skipped_steps += self._skipped
         elif not verdict.apply:
             self._skipped = True

@@ -180,9 +180,7 @@ class Planner:
         counts = counts or self.rule.counts_steps or param.dtype in LOW_PRECISION
         if counts and "step" not in state:
             # A momentum buffer without a count comes from an optimizer that keeps none.
-            missing["step"] = torch.tensor(
-                float(bool(had)), dtype=_step_dtype(group), device=device
-            )
+            missing["step"] = torch.full((), bool(had), dtype=_step_dtype(group), device=device)
         for key in storage.arrays(keys):
             if state.get(key) is None:
                 missing[key] = zeros(key, param, storage)

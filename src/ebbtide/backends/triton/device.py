@@ -151,7 +151,8 @@ class Device:
             groups: Hyperparameters of every group.
         """
         if question.max_norm is not None and self._sent.get("max_norm") != question.max_norm:
-            self.verdict[prologue.VERDICT.index("max_norm")] = question.max_norm
+            # Not an assignment: that would copy the number from the host, and wait.
+            self.verdict[prologue.VERDICT.index("max_norm")].fill_(question.max_norm)
             self._sent["max_norm"] = question.max_norm
         self._prepare(rule, groups, partial, question, judged=True)
 

@@ -287,7 +287,9 @@ def numbers_of(
         for name in NUMBERS:
             value = values.get(name, 0.0)
             on_device = isinstance(value, torch.Tensor) and value.device == device
-            numbers.append(0.0 if on_device else float(value))
+            # One on another GPU is for the rows there, and would have to be waited for.
+            elsewhere = isinstance(value, torch.Tensor) and not value.is_cpu
+            numbers.append(0.0 if on_device or elsewhere else float(value))
             sources.append(_source(value) if on_device else 0)
     return numbers, sources
 
