@@ -24,6 +24,7 @@ from ebbtide.schedules import WSD, Constant, Cosine, CosineRestarts, Reciprocal,
 from ebbtide.weight_decay import DECAY_POLICIES, decay_share
 
 ADAMW = DecaySettings(lr=1e-3, weight_decay=0.1)
+GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1, "decay_policy": "decoupled"}
 
 
 def at(settings: DecaySettings = ADAMW, *, total_steps: int = 10_000) -> DecayForecast:
@@ -258,8 +259,9 @@ def test_run_out_of_range_is_refused() -> None:
         forecast(ADAMW, total_steps=0)
     with pytest.raises(ValueError, match="steps_per_epoch"):
         forecast(ADAMW, total_steps=10, steps_per_epoch=0)
-    with pytest.raises(ValueError, match="below 0"):
-        forecast(ADAMW, total_steps=10, schedule=Constant(-1.0))
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"a schedule is {value:g} at step 0"):
+            forecast(ADAMW, total_steps=10, schedule=Constant(value))
     with pytest.raises(ValueError, match="base_lr"):
         forecast(DecaySettings(0.0, 0.1, "independent"), total_steps=10)
 
@@ -296,3 +298,13 @@ def test_groups_of_the_numpy_face_are_known(build: Any, policy: str, share: floa
     seen = forecast_groups(optimizer.param_groups, total_steps=100).groups[0]
     assert seen.settings.decay_policy == policy
     assert seen.largest_share == pytest.approx(share, rel=1e-12)
+
+
+def test_a_run_of_one_step_is_seen_in_the_picture() -> None:
+    for axes in forecast_groups([GROUP], total_steps=1).plot().axes:
+        assert all(line.get_marker() == "." for line in axes.lines)
+
+
+def test_the_picture_counts_whole_steps() -> None:
+    ticks = forecast_groups([GROUP], total_steps=5).plot().axes[-1].get_xticks()
+    assert all(tick == int(tick) for tick in ticks)

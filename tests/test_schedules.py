@@ -247,7 +247,7 @@ def test_schedule_is_read_from_text(text: str, warmup: int, schedule: Schedule) 
         ("cosine:end", 0, "no setting 'end'"),
         ("cosine:end=low", 0, "end must be a number, got 'low'"),
         ("wsd", 0, "needs decay"),
-        ("wsd:decay=2000", 0, "stable_steps"),
+        ("wsd:decay=2000", 0, "2000 steps does not fit into the run's 1000"),
         ("polynomial", 0, "needs power"),
         ("restarts", 0, "needs first"),
         ("inverse-sqrt", 0, "needs a warmup"),
@@ -258,3 +258,25 @@ def test_schedule_is_read_from_text(text: str, warmup: int, schedule: Schedule) 
 def test_text_that_is_no_schedule_is_refused(text: str, warmup: int, names: str) -> None:
     with pytest.raises(ValueError, match=names):
         parse_schedule(text, total_steps=1000, warmup_steps=warmup)
+
+
+@pytest.mark.parametrize(
+    ("percent", "plain"),
+    [
+        ("cosine:end=10%", "cosine:end=0.1"),
+        ("linear:start=50%,end=1%", "linear:start=0.5,end=0.01"),
+        ("polynomial:power=50%", "polynomial:power=0.5"),
+        ("wsd:decay=20%,end=5%", "wsd:decay=200,end=0.05"),
+        ("restarts:first=10%,factor=2,peak=50%", "restarts:first=100,factor=2,peak=0.5"),
+        ("inverse-sqrt:scale=1%", "inverse-sqrt:scale=10"),
+    ],
+)
+def test_a_percent_sign_is_a_share_of_the_run_only_for_a_length(percent: str, plain: str) -> None:
+    assert parse_schedule(percent, total_steps=1000) == parse_schedule(plain, total_steps=1000)
+
+
+def test_what_is_no_schedule_is_refused_where_it_is_given() -> None:
+    with pytest.raises(TypeError, match=r"then must be a schedule, .* got 0\.5"):
+        Warmup(10, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cycles must be CosineRestarts, got Cosine"):
+        CycleNormalized(Cosine(10))  # type: ignore[arg-type]

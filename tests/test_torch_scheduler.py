@@ -254,7 +254,10 @@ def test_plot_shows_what_was_applied_and_what_will_be(tmp_path: Path) -> None:
         if t == 5:
             # Not what the schedule says: the picture must show what was really applied.
             optimizer.param_groups[0]["lr"] = 5e-4
-        take_step(optimizer)
+            with pytest.warns(UserWarning, match="lr=0.0005, not the 0.00075 of the Scheduler"):
+                take_step(optimizer)
+        else:
+            take_step(optimizer)
     picture = tmp_path / "schedule.png"
     figure = scheduler.plot(20, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -295,6 +298,44 @@ def test_misuse_is_refused_by_name() -> None:
         Scheduler(optimizer, lr=Constant(-1.0))
     with pytest.raises(ValueError, match="beta1 returned 1"):
         Scheduler(torch.optim.AdamW([parameter()]), betas=(Constant(1.0), None))
-    for step in (-1, 1.5, True):
+    with pytest.raises(TypeError, match=r"lr must be a schedule, .* got 'cosine'; parse_schedule"):
+        Scheduler(optimizer, lr="cosine")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"beta1 must be a schedule, .* got 0\.9"):
+        Scheduler(optimizer, betas=(0.9, 0.95))  # type: ignore[arg-type]
+    for step in (-1, 1.5, True, math.nan, math.inf, "5"):
         with pytest.raises(ValueError, match="whole number"):
             Scheduler(optimizer, lr=Constant(), step=step)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_driven_or_loaded_leaves_the_scheduler_as_it_was() -> None:
+    optimizer = torch.optim.SGD([parameter()], lr=1.0)
+    scheduler = Scheduler(optimizer, lr=Linear(10), step=2)
+    with pytest.raises(TypeError, match=r"lr must be a schedule, .* got 0\.1"):
+        scheduler.extend(lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a Scheduler's state is its 'step'; this one has"):
+        scheduler.load_state_dict({"last_epoch": 4, "base_lrs": [1.0]})
+    take_step(optimizer)
+    assert (scheduler.applied_steps, lrs(optimizer)) == (3, [pytest.approx(0.7)])
+
+
+@each_optimizer
+def test_another_scheduler_on_the_same_optimizer_is_warned_about_once(optimizer_class: Any) -> None:
+    optimizer = optimizer_class([parameter()], lr=1.0)
+    Scheduler(optimizer, lr=Linear(10))
+    theirs = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    take_step(optimizer)
+    theirs.step()
+    with pytest.warns(UserWarning, match="something else sets it too"):
+        take_step(optimizer)
+    theirs.step()
+    take_step(optimizer)
+
+
+def test_schedulers_of_different_things_get_along() -> None:
+    optimizer = torch.optim.AdamW([parameter()], lr=1.0)
+    Scheduler(optimizer, lr=Linear(10))
+    Scheduler(optimizer, weight_decay=Linear(5))
+    for _ in range(3):
+        take_step(optimizer)
+    assert lrs(optimizer) == [pytest.approx(0.7)]
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.01 * 0.4)

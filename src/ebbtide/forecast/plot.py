@@ -48,7 +48,9 @@ def plot_curves(curves: Sequence[Curve], *, title: str = "", now: float | None =
             label = None if curve.label in named else curve.label
             named.add(curve.label)
             color = f"C{labels.index(curve.label) % 10}"
-            axes.plot(curve.steps, curve.values, _STYLES[curve.status], color=color, label=label)
+            # A line through a single point would not be seen.
+            style = _STYLES[curve.status] if len(curve.steps) > 1 else "."
+            axes.plot(curve.steps, curve.values, style, color=color, label=label)
         axes.set_ylabel(panel)
         axes.grid(alpha=0.3)
         axes.margins(x=0)
@@ -58,6 +60,7 @@ def plot_curves(curves: Sequence[Curve], *, title: str = "", now: float | None =
     if any(labels) and len(labels) <= _MOST_NAMED:
         every_axes[0].legend(fontsize="small")
     every_axes[-1].set_xlabel("step")
+    every_axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     figure.align_ylabels()
     return figure

@@ -12,6 +12,7 @@ from ebbtide.forecast.report import DecayForecast, Duration, Equilibrium, Moment
 from ebbtide.forecast.settings import DecaySettings
 from ebbtide.forecast.verdict import judge
 from ebbtide.schedules import Constant, Schedule
+from ebbtide.schedules._arithmetic import check_schedule
 
 __all__ = ["EXACT_STEPS", "forecast", "forecast_groups"]
 
@@ -61,6 +62,9 @@ def forecast(
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
     if steps_per_epoch is not None and not 0 < steps_per_epoch < math.inf:
         raise ValueError(f"steps_per_epoch must be above 0, got {steps_per_epoch}")
+    for name, given in (("schedule", schedule), ("weight_decay_schedule", weight_decay_schedule)):
+        if given is not None:
+            check_schedule(name, given)
     run = _Run(
         settings,
         total_steps,
@@ -152,8 +156,9 @@ class _Run:
 
     def moment(self, step: float) -> Moment:
         lr_multiplier, decay_multiplier = self.lr_schedule(step), self.decay_schedule(step)
-        if not (lr_multiplier >= 0 and decay_multiplier >= 0):
-            raise ValueError(f"a schedule is below 0 at step {step:g}")
+        for multiplier in (lr_multiplier, decay_multiplier):
+            if not 0 <= multiplier < math.inf:
+                raise ValueError(f"a schedule is {multiplier:g} at step {step:g}")
         lr = self.settings.lr * lr_multiplier
         weight_decay = self.settings.weight_decay * decay_multiplier
         return Moment(step, lr, weight_decay, self.settings.share(lr, weight_decay))

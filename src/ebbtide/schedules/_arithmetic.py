@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 Schedule = Callable[[float], float]
 
@@ -21,6 +22,15 @@ def check_length(name: str, length: float, *, zero_allowed: bool = False) -> Non
     if not (at_least and length < math.inf):
         bound = "at least 0" if zero_allowed else "above 0"
         raise ValueError(f"{name} must be a finite number {bound}, got {length}")
+
+
+def check_schedule(name: str, schedule: Any) -> None:
+    """Refuse what cannot be called with a step, such as text or a number."""
+    if not callable(schedule):
+        raise TypeError(
+            f"{name} must be a schedule, a function of the step, got {schedule!r}; "
+            "parse_schedule() reads one from text"
+        )
 
 
 def progress_of(step: float, steps: float) -> float:

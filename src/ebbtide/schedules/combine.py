@@ -5,7 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from ebbtide.schedules._arithmetic import Schedule, between, check_length, position
+from ebbtide.schedules._arithmetic import (
+    Schedule,
+    between,
+    check_length,
+    check_schedule,
+    position,
+)
 
 __all__ = ["Join", "Reciprocal", "Warmup"]
 
@@ -37,6 +43,7 @@ class Warmup:
 
     def __post_init__(self) -> None:
         check_length("steps", self.steps, zero_allowed=True)
+        check_schedule("then", self.then)
 
     def __call__(self, step: float) -> float:
         """Return the value at `step`."""

@@ -129,6 +129,8 @@ class CycleNormalized:
 
     def __post_init__(self) -> None:
         check_length("batches", self.batches)
+        if not isinstance(self.cycles, CosineRestarts):
+            raise TypeError(f"cycles must be CosineRestarts, got {self.cycles!r}")
 
     def __call__(self, step: float) -> float:
         """Return the multiplier of λ_norm at `step`."""

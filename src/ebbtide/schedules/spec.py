@@ -26,8 +26,9 @@ def parse_schedule(text: str, *, total_steps: int, warmup_steps: int = 0) -> Sch
         wsd           decay, end=0, shape=linear
         restarts      first, factor=1, peak=1 (from cycle to cycle), end=0
 
-    Those that have an end reach it at `total_steps`. A number with a percent sign is that share
-    of `total_steps`: `wsd:decay=20%`.
+    Those that have an end reach it at `total_steps`. With a percent sign the lengths, `decay`,
+    `first` and `scale`, are that share of `total_steps`, as in `wsd:decay=20%`; other settings are
+    hundredths, so that `end=10%` is `end=0.1`.
 
     Args:
         text: Name, then a colon and settings separated by commas where there are any.
@@ -89,7 +90,7 @@ def _settings(name: str, text: str, total_steps: int) -> dict[str, Any]:
 def _number(key: str, text: str, total_steps: int) -> float:
     try:
         if text.endswith("%"):
-            return float(text[:-1]) / 100.0 * total_steps
+            return float(text[:-1]) / 100.0 * (total_steps if key in _LENGTHS else 1)
         number = float(text)
     except ValueError:
         raise ValueError(f"{key} must be a number, got {text!r}") from None
@@ -121,6 +122,8 @@ def _inverse_sqrt(run: _Run, scale: float = 0.0) -> Schedule:
 
 
 def _wsd(run: _Run, decay: float, end: float = 0.0, shape: str = "linear") -> Schedule:
+    if decay > run.steps:
+        raise ValueError(f"a decay of {decay:g} steps does not fit into the run's {run.steps}")
     return WSD(run.warmup_steps, run.steps - decay, decay, end, shape)
 
 
@@ -140,3 +143,4 @@ _BUILDERS: dict[str, Callable[..., Schedule]] = {
     "restarts": _restarts,
 }
 SCHEDULE_NAMES = tuple(_BUILDERS)
+_LENGTHS = ("decay", "first", "scale")

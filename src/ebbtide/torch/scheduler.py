@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 
 from ebbtide.forecast import Curve, plot_curves
 from ebbtide.schedules import Schedule
+from ebbtide.schedules._arithmetic import check_schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,6 +92,7 @@ class Scheduler:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
+        _check_schedules(lr, weight_decay, betas)
         self.optimizer = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
@@ -99,6 +102,7 @@ class Scheduler:
         self._records: list[_Record] = []
         self._record_every = 1
         self._written: list[dict[str, float]] = []
+        self._warned = False
         self.seek(step)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -114,7 +118,7 @@ class Scheduler:
         Args:
             step: Number of applied steps; a whole number of at least 0.
         """
-        if isinstance(step, bool) or step != int(step) or step < 0:
+        if not _is_count(step):
             raise ValueError(f"step must be a whole number of at least 0, got {step!r}")
         self._applied_steps = int(step)
         self._apply()
@@ -136,6 +140,7 @@ class Scheduler:
             weight_decay: New multiplier of the weight decay.
             betas: New values of β1 and β2.
         """
+        _check_schedules(lr, weight_decay, betas)
         self.lr = self.lr if lr is None else lr
         self.weight_decay = self.weight_decay if weight_decay is None else weight_decay
         self.betas = self.betas if betas is None else betas
@@ -146,7 +151,13 @@ class Scheduler:
         return {"step": self._applied_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the step of a saved state."""
+        """Go to the step of a saved state.
+
+        Raises:
+            ValueError: It is the state of something else.
+        """
+        if "step" not in state_dict:
+            raise ValueError(f"a Scheduler's state is its 'step'; this one has {[*state_dict]}")
         self.seek(state_dict["step"])
 
     def get_last_lr(self) -> list[float]:
@@ -212,6 +223,22 @@ class Scheduler:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_arguments: Any) -> None:
         if len(self._written) != len(optimizer.param_groups):
             self._apply()
+        for index, (group, written) in enumerate(
+            zip(optimizer.param_groups, self._written, strict=True)
+        ):
+            for key in _INITIAL.keys() & written.keys():
+                self._look_for_others(f"param group {index}", key, group[key], written[key])
+
+    def _look_for_others(self, where: str, key: str, found: Any, written: float) -> None:
+        # 0 is what the creation of state for a checkpoint sets; tensors are rounded, or far away.
+        if self._warned or isinstance(found, torch.Tensor) or found in (written, 0):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{where} takes this step with {key}={found:g}, not the {written:g} of the Scheduler: "
+            "something else sets it too, such as another scheduler",
+            stacklevel=4,
+        )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_arguments: Any) -> None:
         if _was_skipped(optimizer) or self._only_creates_state(optimizer):
@@ -240,6 +267,21 @@ class Scheduler:
         if len(self._records) >= _MOST_RECORDS:
             self._records = self._records[::2]
             self._record_every *= 2
+
+
+def _check_schedules(lr: Any, weight_decay: Any, betas: Any) -> None:
+    beta1, beta2 = betas or (None, None)
+    given = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2}
+    for name, schedule in given.items():
+        if schedule is not None:
+            check_schedule(name, schedule)
+
+
+def _is_count(step: Any) -> bool:
+    try:
+        return not isinstance(step, bool) and bool(step == int(step) >= 0)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _evenly_spaced(first: int, end: int) -> list[int]:
