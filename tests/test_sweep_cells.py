@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ebbtide.lab.errors import InputError
@@ -45,6 +46,12 @@ def record(file: Path, **options: object) -> Record:
         ("return None", Outcome.FAILED, None, "returned None, not a number"),
         ("return 'low'", Outcome.FAILED, None, "returned a str, not a number"),
         ("return {'a': 1, 'b': 2}", Outcome.FAILED, None, "choose one with --metric"),
+        (
+            "import numpy; s.numpy_optimizer([numpy.ones((2, 2))], lr=5, weight_decay=0.2)",
+            Outcome.DIVERGED,
+            None,
+            "would remove a whole parameter in one step",
+        ),
         ("sys.exit(3)", Outcome.FAILED, None, "SystemExit: 3"),
         ("os._exit(0)", Outcome.FAILED, None, "ended (status 0) before the function returned"),
         ("os.abort()", Outcome.FAILED, None, "ended by SIGABRT"),
@@ -304,3 +311,11 @@ def test_settings_outside_a_sweep_and_in_other_processes() -> None:
         Settings("lion").numpy_optimizer([])
     with pytest.raises(AttributeError):
         settings.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgdw"])
+def test_l2_of_any_size_leaves_the_parameter(optimizer: str) -> None:
+    settings = Settings(optimizer, lr=1.0, weight_decay=1.0)
+    with pytest.raises(FloatingPointError, match="lr 1 and weight decay 1 would remove a whole"):
+        settings.numpy_optimizer([np.ones((2, 2))])
+    settings.numpy_optimizer([np.ones((2, 2))], decay_policy="l2")

@@ -222,3 +222,12 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert ended.returncode == 2
     remedy = f"pip install 'ebbtide[{extra}]'"
     assert ended.stderr == f"ebbtide: {package} is not installed: {remedy}\n"
+
+
+def test_cells_judged_by_different_numbers_are_not_compared(console: Console) -> None:
+    write_function(console.folder, "return {'loss': 1.0} if s.lr < 5e-3 else {'error': 0.1}")
+    status, _, err = console("sweep", TARGET, *GRID)
+    assert status == 2
+    assert "one number here and another there, error and loss: say which" in err
+    found = console.json("sweep", TARGET, *GRID, "--metric", "loss")
+    assert found["outcomes"] == {"finished": 2, "failed": 2}

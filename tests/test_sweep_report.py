@@ -75,6 +75,16 @@ def test_the_noise_is_what_the_seeds_do_to_single_points() -> None:
     assert found.within.sum() == 1
 
 
+def test_seeds_that_change_nothing_are_mentioned() -> None:
+    def same(lr: float, wd: float, seed: int) -> Record:
+        return Record(Outcome.FINISHED, lr + wd)
+
+    wanted = "every seed gave the same numbers: is settings.seed used?"
+    assert wanted in said(results(bowl, change=same))[0].best_sentence()
+    assert wanted not in said(results(bowl, change=same, seeds=1))[0].best_sentence()
+    assert wanted not in said(results(bowl))[0].best_sentence()
+
+
 def test_a_single_seed_tells_no_noise() -> None:
     single = results(bowl, seeds=1)
     assert noise(single.arms[0]) is None

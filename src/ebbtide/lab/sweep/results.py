@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbtide.lab.conclusions import join
+from ebbtide.lab.errors import InputError
 from ebbtide.lab.optimizers import OPTIMIZERS
 from ebbtide.lab.sweep.definition import Definition
 from ebbtide.lab.sweep.outcome import Outcome, Record
@@ -85,6 +87,12 @@ class ArmResults:
             return None
         return int(np.nanargmax(mean) if self.maximize else np.nanargmin(mean))
 
+    @cached_property
+    def ignores_seeds(self) -> bool:
+        """Whether several seeds came to the same values, at every complete point."""
+        values = self.values[:, self.complete]
+        return len(values) > 1 and values.size > 0 and bool((values == values[0]).all())
+
     def has(self, outcome: str) -> NDArray[np.bool_]:
         """Return the points with such an outcome under at least one seed, (P,)."""
         found = [[c.record is not None and c.record.outcome == outcome for c in row]
@@ -150,12 +158,24 @@ class Results:
 
 
 def read(sweep: Sweep) -> Results:
-    """Return what a sweep has come to by now."""
+    """Return what a sweep has come to by now.
+
+    Raises:
+        InputError: Its cells were judged by different numbers.
+    """
     definition = sweep.definition
     rows: dict[tuple[str, int], dict[int, Cell]] = {}
+    names: set[str] = set()
     for slot, settings, record in sweep.queue.cells():
         row = rows.setdefault((slot.optimizer, slot.seed), {})
         row[slot.point] = Cell(slot.point, settings, record)
+        if record is not None and record.is_number:
+            names.add(record.metric)
+    if len(names) > 1:
+        raise InputError(
+            f"the function returned one number here and another there, {join(sorted(names))}: say "
+            "which counts with --metric"
+        )
     arms = [
         _arm(definition, optimizer, [rows[optimizer, seed] for seed in definition.seeds])
         for optimizer in definition.optimizers

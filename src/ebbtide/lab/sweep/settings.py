@@ -6,7 +6,7 @@ Imports the standard library only, since every cell loads it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["Settings"]
@@ -71,6 +71,7 @@ class Settings:
 
         Raises:
             ValueError: `optimizer` is none of sgd, sgdw, adam and adamw.
+            FloatingPointError: A step would remove a whole parameter: the cell diverges.
         """
         import ebbtide.torch
 
@@ -85,6 +86,7 @@ class Settings:
 
         Raises:
             ValueError: `optimizer` is none of sgd, sgdw, adam and adamw.
+            FloatingPointError: A step would remove a whole parameter: the cell diverges.
 
         Example:
             >>> import numpy as np
@@ -106,15 +108,20 @@ class Settings:
                 f"{self.optimizer!r} is none of {', '.join(OPTIMIZERS)}; make it yourself from "
                 "settings.lr and settings.weight_decay"
             )
-        spec = OPTIMIZERS[self.optimizer]
+        given = OPTIMIZERS[self.optimizer]
+        spec = replace(given, options={**given.options, **options})
         # A gradient that overflows is a result of the cell, not a fault in it.
         chosen = {
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "nonfinite": "propagate",
             **spec.options,
-            **options,
         }
+        if not spec.can_run(chosen["lr"], chosen["weight_decay"]):
+            raise FloatingPointError(
+                f"lr {chosen['lr']:g} and weight decay {chosen['weight_decay']:g} would remove a "
+                "whole parameter in one step"
+            )
         return getattr(face, spec.family)(params, **chosen)
 
     def __reduce__(self) -> tuple[Any, ...]:

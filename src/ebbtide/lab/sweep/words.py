@@ -76,6 +76,8 @@ class Said:
         words = f"{label} is best{so_far} at {self.place}: {metric} {self.number(self.best_value)}"
         if self.noise is None:
             return f"{words} (one seed: the noise is not known)." if seeds == 1 else f"{words}."
+        if self.arm.ignores_seeds:
+            return f"{words}; every seed gave the same numbers: is settings.seed used?"
         others = int(self.noise.within.sum()) - 1
         band = f"the noise of {self.number(self.noise.band)} between means of {seeds} seeds"
         if others <= 0:
