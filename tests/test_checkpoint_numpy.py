@@ -197,6 +197,14 @@ def forget_steps(state: dict[str, Any]) -> None:
     del state["state"][0]["step"]
 
 
+def count_backwards(state: dict[str, Any]) -> None:
+    state["state"][0]["step"] = np.float32(-2)
+
+
+def count_for_ever(state: dict[str, Any]) -> None:
+    state["state"][0]["step"] = np.float32(np.inf)
+
+
 def transpose(state: dict[str, Any]) -> None:
     state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].T
 
@@ -211,6 +219,8 @@ def rename(state: dict[str, Any]) -> None:
         (poison, "'w' has exp_avg_sq that holds NaN"),
         (turn_negative, "'w' has exp_avg_sq that holds the negative value -2"),
         (forget_steps, "'w' lacks step"),
+        (count_backwards, "'w' has taken -2.0 steps"),
+        (count_for_ever, "'w' has taken inf steps"),
         (transpose, r"'w' saved \(3, 4\), here \(4, 3\)"),
         (rename, "(?s)missing.*'w'.*unexpected.*'first'"),
     ],

@@ -390,3 +390,25 @@ def test_a_number_replaced_by_an_array_is_read_in_every_step() -> None:
     optimizer.step({name: np.ones_like(array) for name, array in arrays.items()})
     for array in arrays.values():
         np.testing.assert_allclose(array, -0.375)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({0: np.ones((2, 2))}, "the name of an array must be a string, got 0"),
+        (np.ones((2, 2)), "must be a mapping or a list of arrays, got a single array"),
+        ([{"params": np.ones((2, 2))}], "must be a mapping or a list of arrays, got a single"),
+    ],
+)
+def test_parameters_without_names_or_a_list_are_refused(
+    kind: str, params: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        KINDS[kind](params)
+
+
+@pytest.mark.parametrize("mask", [True, ["w"]])
+def test_a_decay_mask_of_another_kind_is_refused(mask: Any) -> None:
+    with pytest.raises(TypeError, match="decay_mask must be a mapping from names to bools, or"):
+        AdamW({"w": np.ones((2, 2))}, decay_mask=mask)

@@ -61,6 +61,11 @@ class Optimizer(Options):
         self.last_grad_norm: float | None = None
         self.last_step_skipped = False
         self.skipped_steps = 0
+        if not (decay_mask is None or callable(decay_mask) or isinstance(decay_mask, Mapping)):
+            raise TypeError(
+                "decay_mask must be a mapping from names to bools, or a function of name and "
+                f"array, got {decay_mask!r}"
+            )
         self._decay_mask = decay_mask
         self._reset()
         for group in _as_groups(params):
@@ -335,10 +340,8 @@ class Optimizer(Options):
 
 
 def _as_groups(params: Params) -> list[Mapping[str, Any]]:
-    if isinstance(params, Mapping):
+    if isinstance(params, Mapping | np.ndarray):
         return [{"params": params}]
-    if isinstance(params, np.ndarray):
-        raise TypeError("params must be a mapping or a list of arrays, got a single array")
     listed = list(params)
     if listed and all(isinstance(item, Mapping) for item in listed):
         return [item for item in listed if isinstance(item, Mapping)]
@@ -346,7 +349,12 @@ def _as_groups(params: Params) -> list[Mapping[str, Any]]:
 
 
 def _named(params: Any, *, start: int) -> dict[str, Array]:
+    if isinstance(params, np.ndarray):
+        raise TypeError("params must be a mapping or a list of arrays, got a single array")
     if isinstance(params, Mapping):
+        for name in params:
+            if not isinstance(name, str):
+                raise TypeError(f"the name of an array must be a string, got {name!r}")
         return dict(params)
     return {str(start + i): array for i, array in enumerate(params)}
 

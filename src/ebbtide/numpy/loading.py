@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ def loaded(
     for key, value in saved.items():
         values = _as_array(value)
         if key == "step":
+            if values.size != 1 or not 0 <= float(values.item()) < math.inf:
+                raise CheckpointError(f"{name!r} has taken {values} steps")
             state[key] = values.astype(np.float32).reshape(()).copy()
         else:
             _check_state(name, key, values, array)
