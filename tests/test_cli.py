@@ -183,3 +183,12 @@ def test_doctor_describes_the_machine(
     status, out, _ = ebbtide(["doctor"], monkeypatch, capsys)
     assert status == 0
     assert all(name in out for name in facts)
+
+
+def test_no_verb_is_answered_with_the_help_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = ebbtide([], monkeypatch, capsys)
+    assert status == 2
+    assert "Usage: ebbtide" in out
+    assert err == ""

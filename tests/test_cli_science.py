@@ -221,6 +221,21 @@ def test_file_without_scales_is_one_line_and_status_2(
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("scales", [np.array(["0.1"]), np.array([0.1j])], ids=["text", "complex"])
+def test_an_array_of_other_things_holds_no_scales(
+    run: Run, tmp_path: Path, scales: np.ndarray
+) -> None:
+    np.save(tmp_path / "x.npy", scales)
+    result = run(f"convert adam-l2 0.1 {tmp_path / 'x.npy'}")
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+
+
+def test_a_percent_sign_where_nothing_is_a_length(run: Run) -> None:
+    percent, plain = (run(f"{EXPLAIN} --schedule cosine:end={end} --json") for end in ("10%", 0.1))
+    assert percent == plain
+
+
 def test_checkpoint_without_a_second_moment_is_refused(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "sgd.pt"
     torch.save(torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]).state_dict(), path)

@@ -252,6 +252,15 @@ def test_rule_is_refused_where_a_shorter_run_breaks_it() -> None:
         rescale(SMALL, "run-sde", 0.1)
 
 
+@pytest.mark.parametrize("policy", ["decoupled", "independent", "corrected"])
+def test_rule_is_refused_where_a_step_would_leave_nothing(policy: str) -> None:
+    recipe = Recipe(lr=0.5, weight_decay=0.1, decay_policy=policy)
+    breaks = 10 if policy == "independent" else 20
+    with pytest.raises(ValueError, match=f"breaks at factor {breaks}: a step would remove 1 of"):
+        rescale(recipe, "batch-fixed-lr", breaks)
+    rescale(recipe, "batch-fixed-lr", breaks - 1)
+
+
 @pytest.mark.parametrize("rule", sorted(RESCALE_RULES))
 @pytest.mark.parametrize("policy", ["decoupled", "independent", "corrected"])
 def test_total_decay_changes_by_what_the_rule_says(rule: str, policy: str) -> None:
@@ -305,6 +314,7 @@ def test_unknown_names_are_refused_with_the_valid_ones() -> None:
         (lambda: batch_passes(dataset_size=0, batch_size=1, epochs=1), "dataset_size"),
         (lambda: from_normalized(0.1, passes=0), "passes"),
         (lambda: from_timescale(0, lr=1), "steps"),
+        (lambda: from_timescale(1, lr=1), "steps must be a finite number above 1"),
         (lambda: from_timescale(10, lr=math.nan), "lr"),
         (lambda: rescale(SMALL, "batch-sqrt", 0), "factor"),
         (lambda: Recipe(lr=0, weight_decay=0.1), "lr"),

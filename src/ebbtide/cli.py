@@ -64,7 +64,8 @@ def main() -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    print("ebbtide: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # empty where the help has been printed instead
+        print("ebbtide: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -242,11 +242,12 @@ def _read_scales(source: Path) -> Sequence[Sequence[float]]:
         if source.suffix == ".npy":
             import numpy as np
 
-            return [np.load(source, allow_pickle=False).ravel().tolist()]
+            scales = np.load(source, allow_pickle=False)
+            return [scales.astype(np.float64, casting="same_kind").ravel().tolist()]
         if source.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             from ebbtide.torch.scales import gradient_scales_of_file
 
             return gradient_scales_of_file(source)
         return [[float(word) for word in source.read_text(encoding="utf-8").split()]]
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError, EOFError) as error:
         raise InputError(f"cannot read √v̂ from {source}: {error}") from None

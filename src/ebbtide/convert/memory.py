@@ -74,7 +74,7 @@ def from_timescale(steps: float, *, lr: float) -> Conversion:
     """Return the `decoupled` weight decay whose memory is that many steps: λ = 1/(lr·τ).
 
     Args:
-        steps: Timescale τ in steps, above 0: epochs times the steps of an epoch, or a share of
+        steps: Timescale τ in steps, above 1: epochs times the steps of an epoch, or a share of
             the run times its length.
         lr: Learning rate before the schedule; above 0.
 
@@ -87,7 +87,7 @@ def from_timescale(steps: float, *, lr: float) -> Conversion:
     References:
         Wang & Aitchison 2024, arXiv:2405.13698.
     """
-    check_range("steps", steps, above=0.0)
+    check_range("steps", steps, above=1.0)
     check_range("lr", lr, above=0.0)
     return Conversion(
         value=1.0 / (lr * steps),

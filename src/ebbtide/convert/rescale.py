@@ -176,7 +176,7 @@ def rescale(recipe: Recipe, rule: str, factor: float, *, exponent: float | None 
 
     Raises:
         ValueError: The rule is unknown, the factor out of range, the exponent missing or unused,
-            or the rule breaks: 1 - β would reach 1.
+            or the rule breaks: 1 - β, or the share of a weight that a step removes, would reach 1.
 
     Example:
         Four times the batch:
@@ -196,15 +196,23 @@ def rescale(recipe: Recipe, rule: str, factor: float, *, exponent: float | None 
     chosen = RESCALE_RULES[rule]
     decay_power = _decay_power(rule, chosen, exponent)
     # Under `independent` the share of a step has no lr in it, so λ carries the power of lr too.
-    own_power = decay_power + (chosen.lr if recipe.decay_policy == "independent" else 0.0)
+    independent = recipe.decay_policy == "independent"
+    own_power = decay_power + (chosen.lr if independent else 0.0)
+    rescaled = Recipe(
+        lr=recipe.lr * factor**chosen.lr,
+        weight_decay=recipe.weight_decay * factor**own_power,
+        betas=_rescaled_betas(recipe.betas, factor, chosen.one_minus_beta),
+        eps=recipe.eps * factor**chosen.eps,
+        decay_policy=recipe.decay_policy,
+    )
+    share = rescaled.weight_decay * (1.0 if independent else rescaled.lr)
+    if share >= 1:
+        raise ValueError(
+            f"the rule breaks at factor {factor:g}: a step would remove {share:g} of a weight, and "
+            "must leave some of it"
+        )
     return Rescaled(
-        recipe=Recipe(
-            lr=recipe.lr * factor**chosen.lr,
-            weight_decay=recipe.weight_decay * factor**own_power,
-            betas=_rescaled_betas(recipe.betas, factor, chosen.one_minus_beta),
-            eps=recipe.eps * factor**chosen.eps,
-            decay_policy=recipe.decay_policy,
-        ),
+        recipe=rescaled,
         rule=rule,
         meaning=chosen.meaning,
         factor=factor,
