@@ -252,8 +252,10 @@ def test_what_cannot_be_grouped_is_refused_by_name() -> None:
         param_groups(nn.ReLU(), 0.1)
     with pytest.raises(TypeError, match=r"model\.named_parameters\(\), not model\.parameters\(\)"):
         param_groups(model.parameters(), 0.1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="not a tensor"):
+    with pytest.raises(TypeError, match="not a Parameter"):
         param_groups(model[0].weight, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"pass the model or .* not a NoneType"):
+        param_groups(None, 0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'2\.bias' is there twice"):
         param_groups([*model.named_parameters(), ("2.bias", model[2].bias)], 0.1)
     with pytest.raises(ValueError, match=r"'1\.weight' has no shape yet"):

@@ -105,9 +105,10 @@ def test_refusals() -> None:
     weight = parameter(2)
     with pytest.raises(TypeError, match="not Adagrad"):
         DecayMonitor(torch.optim.Adagrad([weight]))
-    for options in ({"every": 0}, {"samples": 0}):
-        with pytest.raises(ValueError, match="must be at least 1, got 0"):
-            DecayMonitor(AdamW([weight]), **options)
+    for value in (0, 2.5, "10"):
+        for name in ("every", "samples"):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1"):
+                DecayMonitor(AdamW([weight]), **{name: value})  # type: ignore[arg-type]
 
 
 def test_decay_in_force_names_every_group() -> None:

@@ -109,3 +109,8 @@ def test_misuse_is_refused() -> None:
         explain(optimizer, schedule=Cosine(10))  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="needs an optimizer"):
         explain([{"params": [weight(1.0)]}], total_steps=10)
+    with pytest.raises(TypeError, match="must be a schedule, a function of the step, got 'cosine'"):
+        explain(optimizer, total_steps=10, schedule="cosine")  # type: ignore[call-overload]
+    for model in (torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match=r"of a model: explain\(param_groups\(model"):
+            explain(model)

@@ -138,6 +138,11 @@ def explain_groups(groups: Any, model: nn.Module | NamedParameters | None = None
         decayed below 2-D: none
     """
     groups = getattr(groups, "param_groups", groups)
+    if not (isinstance(groups, Sequence) and all(isinstance(group, Mapping) for group in groups)):
+        raise TypeError(
+            "explain takes an optimizer or what param_groups returned, got "
+            f"{type(groups).__name__}; of a model: explain(param_groups(model, weight_decay=...))"
+        )
     known = {assignment.info.name: assignment for assignment in getattr(groups, "assignments", ())}
     in_model = {id(tensor): info for info, tensor in find_parameters(model)} if model else {}
     rows: dict[str, ParamRow] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,8 +102,8 @@ class DecayMonitor:
         samples: int = 16_384,
     ) -> None:
         for name, value in (("every", every), ("samples", samples)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self._optimizer = _unwrapped(optimizer)
         _check_rule(self._optimizer)
         self.every = every

@@ -103,8 +103,8 @@ def _find_in_module(root: nn.Module) -> Found:
 def _find_in_pairs(pairs: Iterable[Any]) -> Found:
     places: dict[int, _Place] = {}
     names: set[str] = set()
-    if isinstance(pairs, torch.Tensor):
-        raise TypeError("pass the model or model.named_parameters(), not a tensor")
+    if isinstance(pairs, torch.Tensor) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pass the model or model.named_parameters(), not a {_type(pairs)}")
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             hint = "model.named_parameters(), not model.parameters()"
