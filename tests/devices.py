@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ebbtide.torch
 from ebbtide import _core
@@ -53,6 +54,18 @@ def by_the_core() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EBBTIDE_BACKEND", "cpu")
         yield
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host asks for a number that a tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 class Run:

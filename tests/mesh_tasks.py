@@ -7,27 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ebbtide.torch
+from tests.devices import HostReads
 from tests.rank_tasks import Numbers, whole
 from tests.triton_tasks import refuse, stepped_by
 
 CLIP = 0.05
 WORDS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 STEPS = 3
-
-
-class HostReads(TorchDispatchMode):
-    """Counts how often the host asks for a number that a tensor holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def model_of() -> nn.Sequential:

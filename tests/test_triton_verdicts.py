@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import ebbtide.torch.rows
-from ebbtide.torch import AdamW, step_in_backward
-from tests.devices import DEVICES, INTERPRETER, Run, assert_same_bits, by_the_core, on
+from ebbtide.backends.triton.device import Device
+from ebbtide.schedules import Cosine
+from ebbtide.torch import AdamW, DecayMonitor, Scheduler, step_in_backward
+from tests.devices import DEVICES, INTERPRETER, HostReads, Run, assert_same_bits, by_the_core, on
 from tests.tolerances import GRAD_NORM, TRITON_CLIPPED
 
 SHAPES: list[tuple[int, ...]] = [(40, 30), (3,), ()]
@@ -130,6 +132,44 @@ def test_clipping_takes_two_more_launches(max_norm: float, dtype: torch.dtype, d
         torch.testing.assert_close(mine[key], value, **TRITON_CLIPPED)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"clip_grad_norm": 0.5}, {"nonfinite": "skip"}, {"lr": torch.tensor(0.02), "fused": True}],
+    ids=str,
+)
+def test_the_host_reads_no_number_of_a_step(words: dict[str, Any]) -> None:
+    with on(INTERPRETER):
+        run = run_on(INTERPRETER, **words)
+        for _ in range(3):
+            run.grads()
+            with HostReads() as reads:
+                run.optimizer.step()
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("words", [{}, {"clip_grad_norm": 0.5}], ids=str)
+def test_a_schedule_waits_for_nothing_and_a_monitor_for_its_samples_alone(
+    words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[Device] = []
+    spoilt = Device.spoilt
+    monkeypatch.setattr(Device, "spoilt", lambda each: waits.append(each) or spoilt(each))
+    with on(INTERPRETER):
+        run = run_on(INTERPRETER, **words)
+        Scheduler(run.optimizer, lr=Cosine(10))
+        monitor = DecayMonitor(run.optimizer, every=3)
+        run.step()
+        first = monitor.last
+        with HostReads() as reads:
+            run.step(2)
+        assert monitor.last is first
+        assert reads.count == len(waits) == 0
+        run.step()
+        assert monitor.last is not first
+    if words:
+        assert monitor.last["decay/clip_rate"] == 1
+
+
 def test_the_norm_over_every_dtype_takes_one_launch(device: str) -> None:
     """Gradients of four dtypes, one of them misaligned, one not a whole tile."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -212,19 +252,23 @@ def test_a_grad_scaler_unscales_and_drops_on_the_device(
 def test_a_gpu_and_the_cpu_step_one_optimizer_together(
     words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interpreter is left the matrix alone: the rest is the compiled core's, as on the CPU."""
+    """The interpreter is left the matrix alone: the rest is the compiled core's, as on the CPU.
+
+    The host reads one number of a step where a norm over both is asked for, and else none.
+    """
     with on(INTERPRETER):
         ours = run_on(INTERPRETER, **words)
         matrix = ours.params[0]
         monkeypatch.setattr(
             ebbtide.torch.rows, "launches", lambda param, grad, group: param is matrix
         )
-        skipped = []
+        skipped, reads = [], HostReads()
         for step in range(4):
             ours.grads()
             if step in (1, 2) and "nonfinite" in words:
                 spoil(ours, 2 * (step - 1), 1)  # on the one, then on the other
-            ours.optimizer.step()
+            with reads:
+                ours.optimizer.step()
             skipped.append(ours.optimizer.last_step_skipped)
         with by_the_core():
             theirs = run_on(INTERPRETER, **words)
@@ -234,6 +278,7 @@ def test_a_gpu_and_the_cpu_step_one_optimizer_together(
                     spoil(theirs, 2 * (step - 1), 1)
                 theirs.optimizer.step()
     assert ours.backend.launches >= 2
+    assert reads.count == (4 if words else 0)
     assert skipped == [False, "nonfinite" in words, "nonfinite" in words, False]
     assert ours.optimizer.skipped_steps == theirs.optimizer.skipped_steps
     if "clip_grad_norm" in words:

@@ -21,7 +21,7 @@ from ebbtide.hyperparameters import (
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.reading import GroupReader, Lasting
 from ebbtide.torch import ranks
-from ebbtide.torch.devices import ELSEWHERE, Devices, decides
+from ebbtide.torch.devices import ELSEWHERE, Devices, captures, decides
 from ebbtide.torch.hooks import call_with_hooks, keep_out_of_graphs, nobody_listens
 from ebbtide.torch.judgement import judge_plan, loss_scale, scaler_found_inf
 from ebbtide.torch.persistence import Persistent
@@ -147,7 +147,8 @@ class Optimizer(Persistent):
     def last_step_skipped(self) -> bool | torch.Tensor:
         """Whether the last call of `step` left everything as it was; raises what a GPU reports."""
         self._devices.report(self, wait=True)
-        return self._devices.skipped(self) if self._skipped is None else self._skipped
+        skipped, _ = self._unread()
+        return skipped if captures(self) else bool(skipped)
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
@@ -157,7 +158,13 @@ class Optimizer(Persistent):
     @property
     def last_grad_norm(self) -> float | torch.Tensor | None:
         """Global norm of the gradients of the last step that asked for it, before clipping."""
-        return self._devices.norm(self) if self._devices.normed else self._grad_norm
+        _, norm = self._unread()
+        return norm if norm is None or captures(self) else float(norm)
+
+    def _unread(self) -> tuple[bool | torch.Tensor, float | torch.Tensor | None]:
+        """Return `last_step_skipped` and `last_grad_norm`, as tensors where a GPU knows them."""
+        skipped = self._devices.skipped if self._skipped is None else self._skipped
+        return skipped, self._devices.norm if self._devices.normed else self._grad_norm
 
     step.hooked = True  # type: ignore[attr-defined]
     keep_out_of_graphs(step)
@@ -251,7 +258,7 @@ class Optimizer(Persistent):
 
     def _launched(self) -> Outcome:
         """Note a step that GPUs are taking, and raise what they say of those before."""
-        if self._devices.question is not None:
+        if self._devices.question is not None and decides(self):
             self._skipped = None
         self._devices.report(self, wait=False)
         return Outcome(self._devices.agreed(self))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ebbtide.backends.triton.question import Question
     from ebbtide.torch.base import Optimizer
 
-__all__ = ["ELSEWHERE", "Devices", "decides"]
+__all__ = ["ELSEWHERE", "Devices", "captures", "decides"]
 
 ELSEWHERE = "non-finite gradient on another rank, which names it"
 
@@ -181,22 +181,22 @@ class Devices:
         """Whether the GPUs took the last norm."""
         return self.question is not None and self.question.wants_norm
 
-    def norm(self, optimizer: Optimizer) -> float | torch.Tensor:
-        """Return the norm of the last gradients."""
-        norm = self._decided("norm")
-        return norm if _captures(optimizer) else float(norm)
+    @property
+    def norm(self) -> torch.Tensor:
+        """The norm of the last gradients, on a GPU until the next step."""
+        return self._decided("norm")
 
-    def skipped(self, optimizer: Optimizer) -> bool | torch.Tensor:
-        """Return whether the GPUs dropped the last step."""
-        dropped = self._decided("apply") == 0
-        return dropped if _captures(optimizer) else bool(dropped)
+    @property
+    def skipped(self) -> torch.Tensor:
+        """Whether the GPUs dropped the last step, on a GPU."""
+        return self._decided("apply") == 0
 
     def skipped_steps(self, optimizer: Optimizer) -> int | torch.Tensor:
         """Return how many steps the GPUs have dropped."""
         if self.backend is None or not self.backend.has_decided:
             return 0
         steps = self._decided("skipped")
-        return steps if _captures(optimizer) else int(steps)
+        return steps if captures(optimizer) else int(steps)
 
     def _decided(self, name: str) -> torch.Tensor:
         assert self.backend is not None
@@ -215,7 +215,7 @@ def _rerun_beside(
     return outcome
 
 
-def _captures(optimizer: Optimizer) -> bool:
+def captures(optimizer: Optimizer) -> bool:
     """Whether what a step decides must not be read: it may be part of a graph."""
     return any(group.get("capturable") for group in optimizer.param_groups)
 

@@ -164,13 +164,13 @@ class DecayMonitor:
 
     def _after_step(self, *_: Any) -> None:
         optimizer = self._optimizer
-        skipped: Any = getattr(optimizer, "last_step_skipped", False)
+        unread: Any = getattr(optimizer, "_unread", None)
+        skipped, norm = (False, None) if unread is None else unread()
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
             skipped = skipped | (found_inf != 0)  # torch's fused steps tell nobody
         limit = getattr(optimizer, "clip_grad_norm", None)
-        norm = getattr(optimizer, "last_grad_norm", None)
         if limit is not None and norm is not None:
-            # Adds on the device where the norm is there, without waiting for it.
+            # Adds on the device where the norm is there: only a sample waits for it.
             self._clipped = self._clipped + (norm > limit) * (skipped ^ True)
         if self._before is None or bool(skipped):
             return  # a skipped step is no sample: the next one is
