@@ -108,3 +108,25 @@ def clipped(
                 refuse("Planner", patch)
         skipped = optimizer.skipped_steps
     return norms, skipped, reads.count, {name: whole(param) for name, param in named.items()}
+
+
+def scaled(rank: int, backend: str, clip: float | None) -> list[tuple[bool, bool, int]]:
+    """Two steps under a loss scaler, which finds something in the second, on the last rank alone.
+
+    Returns:
+        Of each step, whether it was dropped, left everything as it was, and what the host read.
+    """
+    seen = []
+    with stepped_by(backend):
+        named = spread("mixed")
+        optimizer = ebbtide.torch.AdamW(named.items(), fused=True, clip_grad_norm=clip, **WORDS)
+        for step in range(2):
+            gradients(named, step, {})
+            optimizer.grad_scale = torch.tensor(2.0)
+            optimizer.found_inf = torch.tensor(float(step == 1 and rank == 3))
+            before = {name: whole(param) for name, param in named.items()}
+            with HostReads() as reads:
+                optimizer.step()
+            same = all(torch.equal(before[name], whole(param)) for name, param in named.items())
+            seen.append((bool(optimizer.last_step_skipped), same, reads.count))
+    return seen

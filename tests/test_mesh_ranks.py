@@ -38,3 +38,14 @@ def test_every_element_counts_once_and_no_device_is_waited_for(
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, **TORCH_FLOAT32)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("backend", ["core", "triton"])
+def test_what_a_loss_scaler_finds_on_one_rank_drops_the_step_on_all(
+    ranks: RankPool, backend: str, clip: float | None
+) -> None:
+    for first, second in ranks.run(mesh_tasks.scaled, backend, clip):
+        assert first[:2] == (False, False)
+        assert second[:2] == (True, True)
+        assert (first[2] == second[2] == 0) == (backend == "triton")
