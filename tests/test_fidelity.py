@@ -10,8 +10,7 @@ from benchmarks.fidelity import BETA2, EPS, Exact, Fidelity, Ours, Shadow, study
 from benchmarks.peers import EmulatedAdam, bfloat16_nearest
 
 STEPS = {"embedding": 60, "transformer": 30, "convnet": 60}
-# What docs/low_memory.md says of each model, in percent; the goal is 2.5 everywhere.
-ERROR = {"embedding": 2.5, "transformer": 2.5, "convnet": 5.0}
+ERROR = {"embedding": 2.0, "transformer": 2.0, "convnet": 2.5}  # percent; it grows with the steps
 each_beta2 = pytest.mark.parametrize("beta2", BETA2)
 each_model = pytest.mark.parametrize("model", STEPS)
 
@@ -63,7 +62,7 @@ def test_what_must_fail_fails(model: str, beta2: float) -> None:
 )
 def test_eight_bits_under_stress(gradients: str) -> None:
     (found, *_) = study("embedding", 60, [(0.999, gradients)], peers=[])
-    assert found.error < 5.0
+    assert found.error < 4.0
     assert 0.99 < found.projection < 1.01
     assert 0.95 < found.drift < 1.05
     assert found.zeros == 0
@@ -89,6 +88,7 @@ def test_errors_settle_and_rounding_to_nearest_does_not() -> None:
             if step >= 3900:
                 errors[name].append(float((ours.double() - u).norm() / u.norm()))
     found = {name: sum(each) / len(each) for name, each in errors.items()}
+    print(found)
     assert found["8bit"] < 0.025
     assert found["bfloat16"] < 0.02
     assert found["nearest"] > 0.1
@@ -104,4 +104,5 @@ def test_a_longer_memory_of_the_first_moment_costs_precision(beta1: float, error
         (u,), (mine,) = exact.step([grad]), ours.step([grad])
         errors.append(float((mine.double() - u).norm() / u.norm()))
     settled = sum(errors[-100:]) / 100
+    print(f"β1 {beta1}: {settled:.4f}")
     assert 0.7 * error < settled < error
