@@ -17,6 +17,7 @@ import typer
 import ebbtide
 from ebbtide.__main__ import EXTRAS, VERBS
 from ebbtide.cli import app
+from ebbtide.lab.doctor import facts
 
 HEAVY = {"matplotlib", "numpy", "optuna", "rich", "scipy", "sklearn", "torch", "typer"}
 
@@ -94,12 +95,20 @@ def test_help_without_the_laboratory_names_verbs_and_remedy(arguments: list[str]
     assert "pip install 'ebbtide[lab]'" in run.stdout
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "no-such-verb"])
+@pytest.mark.parametrize("verb", [*sorted({*VERBS} - {"doctor"}), "no-such-verb"])
 def test_a_verb_without_the_laboratory_is_one_line_and_status_2(verb: str) -> None:
     run = python("-c", WITHOUT, "typer", verb)
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr == "ebbtide: typer is not installed: pip install 'ebbtide[lab]'\n"
+
+
+def test_doctor_needs_no_laboratory() -> None:
+    run = python("-c", WITHOUT, "typer", "doctor")
+    assert run.returncode == 0, run.stderr
+    lines = [line.split("  ", 1) for line in run.stdout.splitlines()]
+    assert [name for name, _ in lines] == [*facts()]
+    assert lines[0][1].strip() == ebbtide.__version__
 
 
 def test_verbs_are_those_of_the_command_line() -> None:

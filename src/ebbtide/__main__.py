@@ -1,6 +1,7 @@
 """The command `ebbtide`, also as `python -m ebbtide`.
 
-Where packages of the laboratory are missing, it says what there is and how to get it.
+Where packages of the laboratory are missing, it says what there is and how to get it; `doctor`
+needs none of them.
 """
 
 from __future__ import annotations
@@ -54,11 +55,21 @@ def main() -> None:
 
 def _explain(package: str, arguments: list[str]) -> None:
     remedy = f"pip install 'ebbtide[{EXTRAS[package]}]'"
+    if arguments == ["doctor"]:  # what a bare installation runs is asked there most
+        _print_facts()
+        return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"Usage: ebbtide VERB ...\n\nVerbs: {', '.join(VERBS)}\n\nThey need more: {remedy}")
         return
     print(f"ebbtide: {package} is not installed: {remedy}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _print_facts() -> None:
+    from ebbtide.lab.doctor import facts
+
+    for name, value in facts().items():
+        print(f"{name:<23}{value}")
 
 
 if __name__ == "__main__":
