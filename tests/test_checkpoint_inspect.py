@@ -119,6 +119,29 @@ def test_unusable_state_is_named_with_status_1(tmp_path: Path) -> None:
     assert "unusable: 0.bias: exp_avg holds infinity" in result.output
 
 
+def test_a_count_below_zero_is_unusable(tmp_path: Path) -> None:
+    _, optimizer = stepped(ebbtide.torch.AdamW)
+    optimizer.state_dict()["state"][1]["step"].fill_(-2)
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    result = run(tmp_path / "a.pt")
+    assert result.exit_code == 1
+    assert "unusable: 0.bias: has taken -2 steps" in result.output
+
+
+def test_what_a_file_says_cannot_command_the_terminal(tmp_path: Path) -> None:
+    params = [("red\x1b[31m", nn.Parameter(torch.ones(1)))]
+    content = {"o": torch.optim.AdamW(params).state_dict(), "bell\x07": 1, "note": "\x1b]0;me\x07"}
+    torch.save(content, tmp_path / "a.pt")
+    output = run(tmp_path / "a.pt").output
+    assert "red?[31m" in output
+    assert not {"\x1b", "\x07"} & {*output}
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    torch.save({"loss": float("nan"), "best": float("inf")}, tmp_path / "a.pt")
+    assert [entry["value"] for entry in inspected(tmp_path / "a.pt")["other"]] == [None, None]
+
+
 def test_a_long_list_is_cut_short_but_on_request(tmp_path: Path) -> None:
     params = [(f"p{i}", nn.Parameter(torch.ones(1))) for i in range(50)]
     torch.save(torch.optim.AdamW(params).state_dict(), tmp_path / "a.pt")

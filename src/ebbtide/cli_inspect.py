@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +33,11 @@ def inspect(
     """
     found = _contents(file, trust)
     if as_json:
-        print(json.dumps(found, indent=1))
+        from ebbtide.lab.export import to_bytes
+
+        print(to_bytes(found).decode(), end="")
     else:
-        _print(found, None if all_rows else _MOST_ROWS)
+        _print(_printable(found), None if all_rows else _MOST_ROWS)
     if any(optimizer["problems"] for optimizer in found["optimizers"]):
         raise typer.Exit(1)
 
@@ -95,6 +96,15 @@ def _numpy_facts(key: str, value: Any) -> Any:
         problem = f"the negative value {value.min():g}"
     number = float(value) if value.size == 1 else None
     return Facts(value.shape, str(value.dtype), value.nbytes, problem, number)
+
+
+def _printable(value: Any) -> Any:
+    """Replace what would command the terminal: names are the file's."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "?" for c in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
 
 
 def _print(found: dict[str, Any], most: int | None) -> None:

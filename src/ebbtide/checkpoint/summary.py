@@ -77,6 +77,8 @@ def summarize(
                 continue
             if key == "step":
                 step = facts.value
+                if step is not None and step < 0:
+                    problems.append(f"{name}: has taken {step:g} steps")
             arrays[key] = {"shape": list(facts.shape), "dtype": facts.dtype, "bytes": facts.bytes}
             if facts.problem:
                 problems.append(f"{name}: {key} holds {facts.problem}")
