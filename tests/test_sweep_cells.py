@@ -114,6 +114,13 @@ def test_everything_printed_is_kept_up_to_a_limit(tmp_path: Path) -> None:
     assert output == ["first line", "to stderr", "from below Python", "from a child", "last"]
 
 
+def test_a_file_whose_loading_takes_longer_than_a_cell_may_is_refused(tmp_path: Path) -> None:
+    file = write_function(tmp_path, "return 1")
+    file.write_text(file.read_text() + "\ntime.sleep(1000)\n")
+    with pytest.raises(InputError, match=r"loading it takes longer than the 0\.2 s of a cell"):
+        check_target(Target.at(file, "train"), timeout=0.2)
+
+
 @pytest.mark.slow
 def test_hanging_cells_are_ended_and_say_where_they_were(tmp_path: Path) -> None:
     bodies = [

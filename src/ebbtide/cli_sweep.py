@@ -74,7 +74,7 @@ def sweep(
     ] = None,
     maximize: Annotated[bool, typer.Option("--maximize", help="More is better.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="End hopeless cells early.")] = False,
-    prune_after: Annotated[int, typer.Option(help="Step up to which none is ended.")] = 0,
+    prune_after: Annotated[int, typer.Option(min=0, help="Step up to which none is ended.")] = 0,
     workers: WorkersOption = 1,
     cell_timeout: TimeoutOption = None,
     storage: StorageOption = _STORAGE,

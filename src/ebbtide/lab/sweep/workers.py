@@ -220,7 +220,10 @@ def check_target(
             break
     if ending.kind == "checked":
         return dict(ending.message["versions"])
-    raise InputError(f"{target.path.name} cannot be used: {_outcome(ending, timeout)[1]}")
+    error = _outcome(ending, timeout)[1]
+    if ending.kind == "timeout":
+        error = f"loading it takes longer than the {timeout:g} s of a cell"
+    raise InputError(f"{target.path.name} cannot be used: {error}")
 
 
 def cell_words(settings: Any) -> str:
