@@ -45,7 +45,7 @@ _SWITCHES = (
 )  # fmt: skip
 # What may be a tensor; betas may hold two.
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "base_lr")
-# Written by schedulers, or kept beside the groups.
+# Written by schedulers, or kept beside the groups; nobody types them, so nobody mistypes them.
 _FOREIGN = (
     "params", "param_names", "name", "names", "initial_lr", "initial_weight_decay",
     "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
@@ -245,11 +245,12 @@ def _check_formats(rule: Rule, group: Mapping[str, Any], where: str) -> None:
 
 def _check_spelling(rule: Rule, group: Mapping[str, Any], where: str) -> None:
     known = known_keys(rule)
+    typed = [key for key in known if key not in _FOREIGN]
     for key in group:
         if key in known or not isinstance(key, str):
             continue
-        meant = _SYNONYMS.get(key.lower()) or next((k for k in known if _nearly(key, k)), None)
-        if meant in known:
+        meant = _SYNONYMS.get(key.lower()) or next((k for k in typed if _nearly(key, k)), None)
+        if meant in typed:
             raise ValueError(f"unknown group key {key!r}: did you mean {meant!r}?{where}")
 
 
@@ -258,7 +259,8 @@ def _nearly(key: str, known: str) -> bool:
     key, known = (word.lower().replace("-", "_").replace(" ", "_") for word in (key, known))
     if key.replace("_", "") == known.replace("_", ""):
         return True
-    allowed = 0 if len(known) < 3 else 1 if len(known) < 6 else 2
+    # Two letters are a word where little more is left: base_wd is not base_lr.
+    allowed = 0 if len(known) < 3 else 1 if len(known) < 8 else 2
     return abs(len(key) - len(known)) <= allowed and _distance(key, known) <= allowed
 
 
