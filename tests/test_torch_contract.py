@@ -346,3 +346,21 @@ def test_version_counters_of_parameters_that_rest_are_not_raised(name: str) -> N
         optimizer.step()
     loss.backward()
     assert resting.grad is not None
+
+
+@each_class
+def test_frozen_parameters_of_any_dtype_are_passed_over(name: str) -> None:
+    """A model with quantised weights, all of whose parameters are given to the optimizer."""
+    codes = nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = CLASSES[name]([("codes", codes), ("weight", weight)], clip_grad_norm=10.0)
+    for _ in range(3):  # planned, then remembered
+        weight.grad = torch.ones(3)
+        before = weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(before, weight)
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert codes not in optimizer.state
+    codes.grad = torch.ones_like(codes)
+    with pytest.raises(TypeError, match=r"'codes' has dtype torch\.uint8: it cannot be"):
+        optimizer.step()

@@ -208,7 +208,7 @@ def test_a_duplicate_over_groups_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     "param",
     [torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool),
-     torch.zeros(2).to(torch.float8_e4m3fn)],
+     torch.zeros(2).to(torch.float8_e4m3fn).requires_grad_()],
     ids=lambda param: str(param.dtype),
 )  # fmt: skip
 def test_integers_and_eight_bits_are_refused_at_construction(param: Tensor) -> None:

@@ -342,38 +342,3 @@ def test_kernel_rows_and_operation_rows_stand_side_by_side() -> None:
     optimizer.clip_grad_norm = None
     with pytest.raises(FloatingPointError, match=r"\[0\]\" \(1 of 4\), .*\[1\]\" \(1 of 4\)"):
         optimizer.step()
-
-
-class Wrapped(Tensor):
-    """A tensor subclass with memory that no pointer shows."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapped:
-        made: Wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def unwrap(value: Any) -> Any:
-            return value.inner if isinstance(value, Wrapped) else value
-
-        def wrap(value: Any) -> Any:
-            return Wrapped(value) if isinstance(value, Tensor) else value
-
-        out = func(*map(unwrap, args), **{k: unwrap(v) for k, v in (kwargs or {}).items()})
-        in_place = func._schema.name.endswith("_")
-        return args[0] if in_place else torch.utils._pytree.tree_map(wrap, out)
-
-
-def test_tensor_subclasses_are_stepped_through_their_own_operations() -> None:
-    inner, plain = torch.ones(4), torch.ones(4)
-    wrapped = Wrapped(inner)
-    wrapped.grad, plain.grad = Wrapped(torch.full((4,), 2.0)), torch.full((4,), 2.0)
-    for param in (wrapped, plain):
-        optimizer = TorchSGD([param], lr=0.1, nonfinite="propagate")
-        optimizer.step()
-        optimizer.step()
-    assert torch.equal(inner, plain)

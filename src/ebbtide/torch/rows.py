@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from ebbtide.backends.torch_ops import TensorRow
 from ebbtide.backends.triton.support import interprets
@@ -35,6 +36,7 @@ from ebbtide.torch.tensors import (
     kernel_takes,
     launches,
     region_of,
+    shows_memory,
 )
 
 __all__ = ["FORMATS", "Planner"]
@@ -109,8 +111,9 @@ class Planner:
         self._fit(param, {**known, **changes}, changes, name, arrays, storage, home, kernels)
         self._changes[param] = (state, changes, gone)
         merged = {**known, **changes}
-        for tensor in (param, *(merged[key] for key in arrays)):
-            self.plan.regions.append(region_of(name, local_of(tensor)))
+        for tensor in map(local_of, (param, *(merged[key] for key in arrays))):
+            if shows_memory(tensor):
+                self.plan.regions.append(region_of(name, tensor))
         if kernels:
             plan = self.launched if launched else self.plan
             row = self._row(param, grad, name, keys, merged, storage, count)
@@ -216,9 +219,10 @@ class Planner:
             if isinstance(step, torch.Tensor):  # old checkpoints hold numbers
                 check_memory(f"state 'step' of parameter {name!r}", step)
             fit = fitted_step(step, home)
-            if fit.data_ptr() in self._counters:  # one counter for several parameters
-                fit = fit.clone()
-            self._counters.add(fit.data_ptr())
+            if shows_memory(fit):
+                if fit.data_ptr() in self._counters:  # one counter for several parameters
+                    fit = fit.clone()
+                self._counters.add(fit.data_ptr())
             if fit is not step:
                 changes["step"] = fit
 
@@ -301,7 +305,8 @@ class Planner:
                 keys=keys,
                 count=count,
                 differentiable=_is_differentiable(group),
-                capturable=bool(group.get("capturable")),
+                # A tensor that only stands for another has no numbers to read either.
+                capturable=bool(group.get("capturable")) or is_fake(local_of(param)),
                 salt=salt_of(unwrapped(name)),
                 offset=shard_offset(param) if param.dtype in LOW_PRECISION else 0,
                 stochastic=stochastic,

@@ -30,6 +30,7 @@ __all__ = [
     "kernel_takes",
     "launches",
     "region_of",
+    "shows_memory",
 ]
 
 FORMATS = {
@@ -52,8 +53,13 @@ def kernel_takes(tensor: torch.Tensor) -> bool:
         tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and tensor.dtype in FORMATS
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and shows_memory(tensor)
     )
+
+
+def shows_memory(tensor: torch.Tensor) -> bool:
+    """Tell whether the address of a tensor is that of its numbers: subclasses may wrap others."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def launches(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) -> bool:
@@ -61,19 +67,16 @@ def launches(param: torch.Tensor, grad: torch.Tensor, group: Mapping[str, Any]) 
 
     On the CPU they run in Triton's interpreter, which nobody but a test wants.
     """
-    mine = local_of(param)
+    mine, its = local_of(param), local_of(grad)
+    if not (shows_memory(mine) and shows_memory(its)):
+        return False
     obstacle = None if mine.is_cpu else triton.obstacle(mine.device)
     if obstacle is not None:
         _say(mine.device.type, obstacle)
         return False
     return (
         not group.get("differentiable")
-        and all(
-            each.layout == torch.strided
-            and each.dtype in FORMATS
-            and type(each).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-            for each in (mine, local_of(grad))
-        )
+        and all(each.layout == torch.strided and each.dtype in FORMATS for each in (mine, its))
         and all(_is_launchable(value, mine) for value in _tensors_of(group))
     )
 
@@ -124,9 +127,12 @@ def check(
     """Refuse a parameter that cannot be stepped, by name.
 
     Raises:
+        TypeError: It is of a dtype that no step takes.
         RuntimeError: Its gradient is sparse, it has no memory of its own for each element, or torch
             refuses it under the group's flags.
     """
+    if param.dtype not in FORMATS:
+        raise TypeError(f"parameter {name!r} has dtype {param.dtype}: it cannot be optimized")
     if group.get("fused"):
         _check_fused(name, param)
     if group.get("capturable") and param.device.type not in _CAPTURABLE():

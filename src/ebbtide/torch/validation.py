@@ -10,6 +10,7 @@ import torch
 
 from ebbtide.rules import Rule
 from ebbtide.torch.ranks import local_of
+from ebbtide.torch.tensors import FORMATS
 from ebbtide.weight_decay import decay_share
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "warn_of_lost_decay",
 ]
 
-_STEPPED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # θ·(1 - decay) equals θ for half of all float32 numbers below this share, and for all below half.
 _LOST_IN_FLOAT32 = 2.0**-24
 
@@ -84,9 +84,13 @@ def names_of(group: Mapping[str, Any], index: int) -> list[str]:
 
 
 def check_dtypes(group: Mapping[str, Any], index: int) -> None:
-    """Refuse parameters that are not real or complex floating-point numbers of 16 bits or more."""
+    """Refuse parameters that are not real or complex floating-point numbers of 16 bits or more.
+
+    Those that a model keeps frozen pass, quantised weights for example: they get no gradient.
+    """
     for name, param in zip(names_of(group, index), group["params"], strict=True):
-        if not (param.dtype in _STEPPED or param.is_complex()):
+        frozen = isinstance(param, torch.nn.Parameter) and not param.requires_grad
+        if param.dtype not in FORMATS and not frozen:
             raise TypeError(f"parameter {name!r} has dtype {param.dtype}: it cannot be optimized")
 
 
