@@ -97,6 +97,27 @@ def data_parallel(rank: int, kind: str, steps: int, options: dict[str, Any]) -> 
     return numbers_of(model, optimizer)
 
 
+def partitioned(rank: int, kind: str, steps: int, options: dict[str, Any]) -> Numbers:
+    """Each rank steps a part of the parameters and sends it to the others."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(model_of())
+    groups = [{**each, "params": [p for _, p in each["params"]]} for each in groups_of(model)]
+    optimizer: Any = ZeroRedundancyOptimizer(
+        groups, optimizer_class=getattr(ebbtide.torch, kind), lr=1e-2, **options
+    )
+    train(model, optimizer, steps)
+    optimizer.consolidate_state_dict(to=0)
+    states = [optimizer.state_dict() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(states)
+    again: Any = ZeroRedundancyOptimizer(
+        groups, optimizer_class=getattr(ebbtide.torch, kind), lr=1e-2, **options
+    )
+    again.load_state_dict(states[0])
+    train(model, again, steps, first=steps)
+    return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+
+
 def fully_sharded(
     rank: int, kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]
 ) -> Numbers:

@@ -45,6 +45,16 @@ def test_data_parallel_equals_one_process(ranks: RankPool, kind: str, options: d
         assert_same(numbers, expected)
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_partition_of_the_state_equals_one_process(
+    ranks: RankPool, kind: str, options: dict
+) -> None:
+    """In two goes, the second with the consolidated state of the first."""
+    expected = rank_tasks.alone(kind, torch.float32, 6, options)
+    for numbers in ranks.run(rank_tasks.partitioned, kind, 3, options):
+        assert_same(numbers, {name: expected[name] for name in numbers})
+
+
 # bfloat16 is rounded stochastically: the bits depend on an element's place in the whole parameter.
 @pytest.mark.parametrize("dtype", [torch.float32, LOW, torch.float64], ids=str)
 @pytest.mark.parametrize(("kind", "options"), KINDS)
