@@ -6,9 +6,11 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import ebbtide.numpy
 import ebbtide.torch
 from ebbtide.torch import CheckpointError
 from tests.checkpoints import (
@@ -134,6 +136,10 @@ def test_what_is_no_optimizers_state_is_refused() -> None:
     model = network()
     with pytest.raises(CheckpointError, match=r"no optimizer's state.*'0\.bias'"):
         build("adamw", model).load_state_dict(model.state_dict())
+    for face in (build("adamw", model), ebbtide.numpy.AdamW({"w": np.ones((2, 2))})):
+        for what, name in (("a.pt", "str"), (None, "NoneType")):
+            with pytest.raises(CheckpointError, match=f"no optimizer's state but a {name}; a file"):
+                face.load_state_dict(what)  # type: ignore[arg-type]
 
 
 def test_unnamed_groups_of_other_sizes_are_refused_in_torchs_words() -> None:

@@ -107,6 +107,9 @@ def prepare(
 
 
 def _check_kind(rule: Rule, optimizer: str, state_dict: Mapping[str, Any]) -> None:
+    if not isinstance(state_dict, Mapping):
+        what = type(state_dict).__name__
+        raise CheckpointError(f"this is no optimizer's state but a {what}; a file is read first")
     if "param_groups" not in state_dict or "state" not in state_dict:
         raise CheckpointError(
             "this is no optimizer's state: it has no 'state' and 'param_groups', but "

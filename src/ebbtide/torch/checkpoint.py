@@ -90,7 +90,7 @@ def load_state_dict(
     optimizer: Persistent, state_dict: Mapping[str, Any], *, strict: bool, keep: Collection[str]
 ) -> None:
     """Load a state dict with its hooks, all or nothing; see `Optimizer.load_state_dict`."""
-    state_dict = dict(state_dict)
+    state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = pre_hook(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
