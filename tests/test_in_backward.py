@@ -155,6 +155,20 @@ def test_what_needs_all_gradients_is_refused(words: dict[str, object]) -> None:
         step_in_backward(model, optimizer)
 
 
+def test_what_cannot_be_arranged_is_refused_by_name() -> None:
+    model = _model()
+    with pytest.raises(TypeError, match=r"of ebbtide\.torch, got torch\.optim\.adamw\."):
+        step_in_backward(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+    optimizer = AdamW(model.parameters())
+    with pytest.raises(ValueError, match="steps no parameter of this model"):
+        step_in_backward(_model(), optimizer)
+    handle = step_in_backward(model, optimizer)
+    with pytest.raises(ValueError, match="steps inside backward already"):
+        step_in_backward(model, optimizer)
+    handle.remove()
+    step_in_backward(model, optimizer)
+
+
 def test_a_fused_grad_scaler_is_refused() -> None:
     model = _model()
     optimizer = AdamW(model.parameters(), fused=True)

@@ -39,6 +39,7 @@ def step_in_backward(model: torch.nn.Module, optimizer: Optimizer) -> InBackward
         ValueError: What cannot be done so is asked for: clipping the global norm and
             `nonfinite="skip"` need all gradients before the first update, a model wrapped in
             DistributedDataParallel or sharded parameters need gradients that are reduced first.
+            Also where the optimizer does so already, or has none of the model's parameters.
 
     Example:
         >>> import torch
@@ -52,6 +53,13 @@ def step_in_backward(model: torch.nn.Module, optimizer: Optimizer) -> InBackward
         (True, 1.0)
         >>> handle.remove()
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "step_in_backward takes a model and an optimizer of ebbtide.torch, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
+    if optimizer._in_backward is not None:
+        raise ValueError("this optimizer steps inside backward already: remove() that handle first")
     _check_options(optimizer)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
@@ -81,6 +89,8 @@ class InBackward:
             for name, param in zip(optimizer._names(index), group["params"], strict=True)
             if param in wanted and param.requires_grad
         ]
+        if not self._slots:
+            raise ValueError("the optimizer steps no parameter of this model that takes a gradient")
         for slot in self._slots:
             if hasattr(slot.param, "_local_tensor"):
                 raise ValueError(
