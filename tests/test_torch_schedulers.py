@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
-from ebbtide.torch import SGD, AdamW
+from ebbtide.torch import SGD, AdamW, decay_in_force
+from ebbtide.weight_decay import DECAY_POLICIES
 
 TOTAL = 20
 Maker = Callable[[torch.optim.Optimizer], Any]
@@ -23,6 +24,7 @@ SCHEDULERS: dict[str, Maker] = {
     "MultiStepLR": lambda o: lrs.MultiStepLR(o, [3, 7]),
     "ConstantLR": lambda o: lrs.ConstantLR(o, 0.5, 4),
     "LinearLR": lambda o: lrs.LinearLR(o, 0.1, total_iters=8),
+    "LinearLR that misses zero": lambda o: lrs.LinearLR(o, 0.7, 0.0, 3),
     "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.9),
     "PolynomialLR": lambda o: lrs.PolynomialLR(o, TOTAL, 2.0),
     "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, TOTAL),
@@ -164,3 +166,21 @@ def test_transformers_schedulers(name: str) -> None:
     expected, wanted = drive(scheduler, torch.optim.AdamW)
     assert seen == expected
     torch.testing.assert_close(weights, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", DECAY_POLICIES)
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_schedule_that_ends_at_zero_may_miss_it_by_its_rounding(kind: Any, policy: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = kind([param], lr=0.05, weight_decay=0.1, decay_policy=policy)
+    scheduler = lrs.LinearLR(optimizer, 0.7, 0.0, 3)
+    for _ in range(5):
+        param.grad, before = torch.ones(3), param.detach().clone()
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] < 0
+    assert torch.equal(param, before)
+    assert decay_in_force(optimizer)
+    optimizer.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()

@@ -51,6 +51,9 @@ _FOREIGN = (
     "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
 )  # fmt: skip
 
+# By how much a schedule that ends at lr 0 may miss it: that of LinearLR does, by its rounding.
+_MISSED_ZERO = 1e-12
+
 # Other libraries' words.
 _SYNONYMS = {
     "learning_rate": "lr",
@@ -103,7 +106,7 @@ def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> No
     Raises:
         ValueError, TypeError: As `validate_group`.
     """
-    _number(group, "lr", "learning rate", where)
+    _number(group, "lr", "learning rate", where, least=-_MISSED_ZERO)
     if rule.name == "adam":
         _number(group, "eps", "epsilon value", where)
         _check_betas(group["betas"], where)
@@ -184,14 +187,16 @@ def _item(key: str, value: Any, where: str) -> Any:
         raise ValueError(f"Tensor {key} must be 1-element{where}") from None
 
 
-def _number(group: Mapping[str, Any], key: str, what: str, where: str) -> float:
+def _number(
+    group: Mapping[str, Any], key: str, what: str, where: str, *, least: float = 0.0
+) -> float:
     value = group[key]
     if isinstance(value, str | bool) or not isinstance(value, Real):
         hint = f"; write {key}=float({value!r})" if isinstance(value, str) else ""
         raise TypeError(
             f"Invalid {what}: {value!r} is a {type(value).__name__}, not a number{hint}{where}"
         )
-    if not 0.0 <= float(value) < math.inf:  # NaN compares false
+    if not least <= float(value) < math.inf:  # NaN compares false
         raise ValueError(f"Invalid {what}: {value}{where}")
     return float(value)
 

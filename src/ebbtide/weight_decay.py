@@ -60,7 +60,7 @@ def decay_share(policy: str, *, lr: float, base_lr: float, weight_decay: float) 
         raise ValueError(
             f"decay_policy {policy!r} divides by base_lr, which must be above 0, got {base_lr}"
         )
-    if policy == "l2" or lr == 0:
+    if policy == "l2" or lr <= 0:  # negative where a schedule misses 0 by its rounding
         return 0.0
     if policy == "decoupled":
         return lr * weight_decay
