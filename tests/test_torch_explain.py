@@ -30,6 +30,13 @@ def test_without_a_length_the_groups_are_listed() -> None:
     assert json.loads(explain(groups).to_json())
 
 
+def test_frozen_parameters_of_a_group_are_listed_as_such() -> None:
+    codes = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.uint8), requires_grad=False)
+    table = explain(ebbtide.torch.AdamW([("codes", codes), ("w", weight(1.0))]))
+    row = next(row for row in table.rows if row.name == "codes")
+    assert (row.frozen, row.reason, row.state_bytes) == (True, "takes no gradient", 0)
+
+
 @pytest.mark.parametrize(
     "optimizer_class", [torch.optim.AdamW, ebbtide.torch.AdamW], ids=["torch", "ours"]
 )

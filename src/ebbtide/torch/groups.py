@@ -152,7 +152,11 @@ def explain_groups(groups: Any, model: nn.Module | NamedParameters | None = None
         for name, tensor in _named(group, index):
             grouped.add(id(tensor))
             info = in_model.get(id(tensor)) or _info(name, tensor, known)
-            rows[info.name] = _row(info, group, label, known.get(info.name))
+            rows[info.name] = (
+                _row_without_group(info)
+                if info.frozen
+                else _row(info, group, label, known.get(info.name))
+            )
     left_out = [info for key, info in in_model.items() if key not in grouped]
     left_out += [a.info for a in known.values() if a.info.frozen and not in_model]
     for info in left_out:
