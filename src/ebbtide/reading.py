@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ebbtide.hyperparameters import numbers, validate_group
+from ebbtide.notice import warn
 from ebbtide.rules import Recipe, Rule
 from ebbtide.weight_decay import decay_share, l2_coefficient
 
@@ -159,11 +159,10 @@ class GroupReader:
         needs = group["decay_policy"] in ("independent", "corrected")
         if needs and not self._warned and isinstance(peak, float) and peak != group["base_lr"]:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"decay_policy={group['decay_policy']!r} is relative to base_lr="
                 f"{group['base_lr']:g}, but a schedule's max_lr is {peak:g}{self._where}; if that "
                 "is the peak, pass base_lr=max_lr to the optimizer",
-                stacklevel=2,
             )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from ebbtide import codecs, reference
+from ebbtide.notice import warn
 from ebbtide.plan import Bucket, Field, Format, Outcome, Plan, Row
 
 __all__ = ["PureBackend"]
@@ -131,11 +131,10 @@ class PureBackend:
     def __init__(self) -> None:
         if not PureBackend._warned:
             PureBackend._warned = True
-            warnings.warn(
+            warn(
                 "ebbtide runs without its compiled core, one element at a time: right, but "
                 "thousands of times slower. `ebbtide doctor` tells why.",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
     def load(self, plan: Plan) -> list[tuple[int, int]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from ebbtide.groups.records import ParamInfo
+from ebbtide.notice import warn
 
 __all__ = ["GroupRule", "Pattern", "Rules", "check_number", "find_rules", "matches"]
 
@@ -76,10 +76,7 @@ def find_rules(rules: Rules | None, infos: Sequence[ParamInfo]) -> list[GroupRul
     winning = {id(rule) for rule in winners}
     for rule in parsed:
         if id(rule) not in winning:
-            warnings.warn(
-                f"the rule {rule} has no effect: earlier rules match all its parameters",
-                stacklevel=4,
-            )
+            warn(f"the rule {rule} has no effect: earlier rules match all its parameters")
     return winners
 
 

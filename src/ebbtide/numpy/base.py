@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ebbtide.hyperparameters import (
     validate_group,
     validate_values,
 )
+from ebbtide.notice import warn
 from ebbtide.numpy.loading import alike, loaded
 from ebbtide.numpy.rows import Array, Planner, check_param, finite_sum_squares
 from ebbtide.plan import (
@@ -270,7 +270,7 @@ class Optimizer(Options):
         if self._warned_no_gradients or any(grad is not None for grad in given):
             return
         self._warned_no_gradients = True
-        warnings.warn("step() saw no gradients: nothing was updated", stacklevel=4)
+        warn("step() saw no gradients: nothing was updated")
 
     def _step_of(self, name: str) -> int:
         state = self.state.get(name, {})
@@ -332,7 +332,7 @@ class Optimizer(Options):
         for number, group in enumerate(loading.groups):
             validate_group(self._rule, group, f" (saved for group {number})")
         if report := loading.report():
-            warnings.warn(report, stacklevel=2)
+            warn(report)
         for group, new in zip(groups, loading.groups, strict=True):
             group.update(new)
         self.state = state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from ebbtide.hyperparameters import (
     validate_group,
     validate_values,
 )
+from ebbtide.notice import warn
 from ebbtide.plan import Bucket, Outcome, nonfinite_message
 from ebbtide.reading import GroupReader, Lasting
 from ebbtide.torch import ranks
@@ -210,7 +210,7 @@ class Optimizer(Persistent):
                 self._grad_norm = backend.norm
             if backend.others:
                 self._stepped = backend.stepped()
-                self._warn_without_gradients(5)
+                self._warn_without_gradients()
         return outcome
 
     @property
@@ -251,7 +251,7 @@ class Optimizer(Persistent):
         plans = (planner.plan, planner.launched)
         self._stepped = [plan.entries[i][0] for plan in plans for i, *_ in plan.rows()]
         if not planner.tensors:
-            self._warn_without_gradients(6)
+            self._warn_without_gradients()
         if any(planner.launched.rows()):
             outcome = Outcome([*outcome.untouched, *self._launched().untouched])
         return outcome
@@ -317,14 +317,11 @@ class Optimizer(Persistent):
         self._note(verdict)
         return Outcome([])
 
-    def _warn_without_gradients(self, stacklevel: int) -> None:
+    def _warn_without_gradients(self) -> None:
         if self._stepped or self._warned_no_gradients or self._in_backward is not None:
             return
         self._warned_no_gradients = True
-        warnings.warn(
-            "step() saw no gradients: nothing was updated. Was backward() called?",
-            stacklevel=stacklevel,
-        )
+        warn("step() saw no gradients: nothing was updated. Was backward() called?")
 
     def _report(self, outcome: Outcome) -> None:
         """Raise where elements were left untouched, on this rank or on another."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from ebbtide import checkpoint
 from ebbtide.checkpoint import CheckpointError, Loading, Slot
 from ebbtide.hyperparameters import numbers, validate_group
+from ebbtide.notice import warn
 from ebbtide.torch import ranks
 from ebbtide.torch.rows import FORMATS
 from ebbtide.torch.storage import (
@@ -82,7 +82,7 @@ def load(
     """
     chosen, problems = checkpoint.whole_file(path)
     if problems:
-        warnings.warn(f"{'; '.join(problems)}; loading {chosen} instead", stacklevel=2)
+        warn(f"{'; '.join(problems)}; loading {chosen} instead")
     return torch.load(chosen, map_location, weights_only=weights_only, mmap=mmap)
 
 
@@ -118,7 +118,7 @@ def _prepared(
     loading.notes += _absent(optimizer, loading)
     report = loading.report(lost=_lost(optimizer, loading))
     if report:
-        warnings.warn(report, stacklevel=4)
+        warn(report)
     return state, loading.groups
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ebbtide.forecast import Curve, plot_curves
+from ebbtide.notice import warn
 from ebbtide.schedules import Schedule
 from ebbtide.schedules._arithmetic import check_schedule
 
@@ -234,10 +234,9 @@ class Scheduler:
         if self._warned or isinstance(found, torch.Tensor) or found in (written, 0):
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"{where} takes this step with {key}={found:g}, not the {written:g} of the Scheduler: "
             "something else sets it too, such as another scheduler",
-            stacklevel=4,
         )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_arguments: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _foreach_utils
 
 from ebbtide.backends.triton import support as triton
 from ebbtide.memory import Region, extents_of, layout_of
+from ebbtide.notice import warn
 from ebbtide.plan import Field, Format, Row
 from ebbtide.torch.ranks import local_of
 
@@ -101,10 +101,9 @@ def _is_launchable(number: torch.Tensor, param: torch.Tensor) -> bool:
 
 @cache
 def _say(device: str, obstacle: str) -> None:
-    warnings.warn(
+    warn(
         f"parameters on {device!r} are stepped by torch operations, several for each: {obstacle}",
         RuntimeWarning,
-        stacklevel=8,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ebbtide.notice import warn
 from ebbtide.rules import Rule
 from ebbtide.torch.ranks import local_of
 from ebbtide.torch.tensors import FORMATS
@@ -121,11 +121,10 @@ def warn_of_lost_decay(group: Mapping[str, Any], index: int) -> None:
     )
     float32 = any(local_of(p).dtype in (torch.float32, torch.complex64) for p in group["params"])
     if float32 and 0 < share < _LOST_IN_FLOAT32:
-        warnings.warn(
+        warn(
             f"weight decay of param group {index} removes {share:.3g} of a parameter in a step, "
             f"less than half a unit in the last place of float32 ({_LOST_IN_FLOAT32:.3g}): most of "
             "it is lost in rounding. Raise lr or weight_decay, or set weight_decay=0",
-            stacklevel=5,
         )
 
 
