@@ -335,6 +335,8 @@ def test_diverged_and_pruned_cells_tell_the_sampler_the_truth(tmp_path: Path) ->
         ({"optimizers": " , "}, "no optimizer named"),
         ({"optimizers": "adamw,a b"}, "'a b' is no name of an optimizer"),
         ({"lr": ["adam=0.1"]}, "for an optimizer that --optimizer does not name"),
+        ({"lr": ["0.1", "0.2"]}, "--lr is given twice for all: write one grid"),
+        ({"lr": ["0.1", "AdamW=0.2", "adamw=0.3"]}, "--lr is given twice for adamw"),
         ({"optimizers": "adam,sgd", "lr": ["sgd=0.1"]}, "--lr says nothing for adam"),
         ({"lr": ["0,1"]}, "must be more than 0"),
         ({"ratio": ["1"], "timescale": ["1"], "weight_decay": []}, "not several"),

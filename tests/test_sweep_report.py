@@ -14,7 +14,9 @@ import pytest
 
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.grid import parse_grid
+from ebbtide.lab.pictures import LIGHT
 from ebbtide.lab.sweep.analysis import coupling, edges, noise, width
+from ebbtide.lab.sweep.drawings import maps
 from ebbtide.lab.sweep.outcome import Outcome, Record
 from ebbtide.lab.sweep.report import parse_rise, to_json, write_report
 from ebbtide.lab.sweep.results import ArmResults, Cell, Results
@@ -83,6 +85,17 @@ def test_seeds_that_change_nothing_are_mentioned() -> None:
     assert wanted in said(results(bowl, change=same))[0].best_sentence()
     assert wanted not in said(results(bowl, change=same, seeds=1))[0].best_sentence()
     assert wanted not in said(results(bowl))[0].best_sentence()
+
+
+def test_the_best_cell_has_no_second_frame() -> None:
+    found = results(bowl, noise_size=2.0)
+    items = said(found)
+    assert items[0].noise is not None
+    others = int(items[0].noise.within.sum()) - 1
+    assert others > 0
+    frames = [p for p in maps(found, items)(LIGHT, False).axes[0].patches if not p.get_fill()]
+    assert sum(frame.get_width() < 1 for frame in frames) == others
+    assert sum(frame.get_width() == 1 for frame in frames) == 2
 
 
 def test_a_single_seed_tells_no_noise() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from ebbtide.lab.errors import InputError
 from ebbtide.lab.grid import parse_grid
+from ebbtide.lab.optimizers import OPTIMIZERS
 
 __all__ = ["AXES", "axis_points", "axis_value", "check_timescale", "split_optimizers"]
 
@@ -31,16 +32,22 @@ def split_optimizers(text: str) -> tuple[str, ...]:
         InputError: There is no name, or one that cannot stand in an option.
 
     Example:
-        >>> split_optimizers("adamw, sgdw, lion")
-        ('adamw', 'sgdw', 'lion')
+        >>> split_optimizers("AdamW, sgdw, Lion")
+        ('adamw', 'sgdw', 'Lion')
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [_name(name) for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("no optimizer named")
     for name in names:
         if not _NAME.fullmatch(name):
             raise InputError(f"{name!r} is no name of an optimizer")
     return tuple(dict.fromkeys(names))
+
+
+def _name(text: str) -> str:
+    """Return a name as the sweep knows it: those of Ebbtide in small letters."""
+    name = text.strip()
+    return name.lower() if name.lower() in OPTIMIZERS else name
 
 
 def axis_points(
@@ -65,12 +72,15 @@ def axis_points(
     """
     found: dict[str, tuple[float, ...]] = {}
     for text in options:
-        optimizer, equals, grid = text.rpartition("=")
-        if equals and optimizer.strip() not in optimizers:
+        named, equals, grid = text.rpartition("=")
+        optimizer = _name(named)
+        if equals and optimizer not in optimizers:
             raise InputError(
                 f"{option} {text!r} is for an optimizer that --optimizer does not name"
             )
-        found[optimizer.strip()] = _points(grid, name, sampled)
+        if optimizer in found:
+            raise InputError(f"{option} is given twice for {optimizer or 'all'}: write one grid")
+        found[optimizer] = _points(grid, name, sampled)
     missing = [optimizer for optimizer in optimizers if optimizer not in found]
     if missing and "" not in found:
         raise InputError(f"{option} says nothing for {missing[0]}")

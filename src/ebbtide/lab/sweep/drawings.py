@@ -118,6 +118,8 @@ def _heat_map(results: Results, item: Said, scale: float) -> HeatMap:
         for point in np.flatnonzero(arm.has(outcome) & ~np.isfinite(arm.mean) & ~arm.diverged)
     }
     best = None if arm.best is None else (int(rows[arm.best]), int(columns[arm.best]))
+    if best is not None:
+        band[best] = False  # it has a frame of its own
     return HeatMap(arm.label, lrs, seconds, values, diverged, best, band, marks)
 
 
