@@ -147,6 +147,26 @@ def test_hooks_run_once_in_a_subclass_that_overrides_step(name: str) -> None:
 
 
 @each_class
+def test_hooks_run_once_where_an_optimizer_is_given_another_class(name: str) -> None:
+    """As libraries do that add gradient clipping to an optimizer they are handed."""
+    model = model_of()
+    optimizer = CLASSES[name](model.parameters())
+    backward(model)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    class Clipping(CLASSES[name]):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            return super().step(closure)
+
+    optimizer.__class__ = Clipping
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
+@each_class
 def test_the_profiler_shows_the_step_under_torchs_name(name: str) -> None:
     model = model_of()
     optimizer = CLASSES[name](model.parameters())

@@ -138,8 +138,10 @@ class Optimizer(Persistent):
             RuntimeError, TypeError, ValueError: A parameter, its gradient, its state or a
                 hyperparameter cannot be stepped with; it is named, and nothing has been written.
         """
-        # A subclass that overrides `step` is wrapped by torch, which calls the hooks there.
-        if type(self).step is not Optimizer.step or nobody_listens(self):
+        # Torch wraps the `step` of a subclass when one is made, and calls the hooks there; not that
+        # of a class which an optimizer is given later.
+        step = type(self).step
+        if nobody_listens(self) or (step is not Optimizer.step and hasattr(step, "hooked")):
             return self._step(closure)
         return call_with_hooks(self, self._step, closure)
 
