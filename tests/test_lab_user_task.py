@@ -177,3 +177,15 @@ def test_the_command_reports_it_escaped(file: Path, monkeypatch: pytest.MonkeyPa
     assert "runs of the function in all" in html
     assert "<i>" not in html
     assert (file.parent / "out" / "function-curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("function", "seen"), [("accuracy", True), ("both", False)])
+def test_seeds_that_change_nothing_are_mentioned(
+    file: Path, monkeypatch: pytest.MonkeyPatch, function: str, seen: bool
+) -> None:
+    monkeypatch.chdir(file.parent)
+    arguments = ["compare", "--task", f"mine.py:{function}", "--metric", "loss", "--seeds", "2"]
+    grid = ["--optimizers", "adamw", "--lr", "0.1", "--weight-decay", "0", "--out", "out"]
+    assert CliRunner().invoke(app, [*arguments, *grid]).exit_code == 0
+    html = (file.parent / "out" / "report.html").read_text()
+    assert ("the intervals say nothing. Is settings.seed used?" in html) is seen

@@ -160,7 +160,7 @@ def _section(arm: ArmResult) -> Section:
     return Section(
         title=arm.arm.title,
         text=arm.arm.description,
-        notes=[*_edge_notes(arm), *_divergence_notes(arm)],
+        notes=[*_edge_notes(arm), *_divergence_notes(arm), *_seed_notes(arm)],
         tables=[
             Table(
                 columns,
@@ -238,6 +238,15 @@ def loss_sentence(arm: ArmResult) -> str:
 
 def _points(metric: Metric) -> str:
     return "points" if metric.unit == "%" else metric.unit
+
+
+def _seed_notes(arm: ArmResult) -> list[str]:
+    tests = np.array([result.chosen.test[:, 0] for result in arm.results])
+    if tests.shape[1] < 2 or (tests != tests[:, :1]).any():
+        return []
+    return [
+        "Every seed gave the same numbers, and the intervals say nothing: is settings.seed used?"
+    ]
 
 
 def _edge_notes(arm: ArmResult) -> list[str]:
