@@ -188,4 +188,4 @@ def test_seeds_that_change_nothing_are_mentioned(
     grid = ["--optimizers", "adamw", "--lr", "0.1", "--weight-decay", "0", "--out", "out"]
     assert CliRunner().invoke(app, [*arguments, *grid]).exit_code == 0
     html = (file.parent / "out" / "report.html").read_text()
-    assert ("the intervals say nothing. Is settings.seed used?" in html) is seen
+    assert ("the intervals say nothing: is settings.seed used?" in html) is seen
