@@ -308,3 +308,7 @@ def test_a_run_of_one_step_is_seen_in_the_picture() -> None:
 def test_the_picture_counts_whole_steps() -> None:
     ticks = forecast_groups([GROUP], total_steps=5).plot().axes[-1].get_xticks()
     assert all(tick == int(tick) for tick in ticks)
+
+
+def test_a_timescale_of_less_than_a_step_is_not_none() -> None:
+    assert "0.5 steps = 0.5% of the run" in str(forecast(DecaySettings(1.0, 2.0), total_steps=100))

@@ -255,4 +255,5 @@ def _duration(value: Duration | None) -> str:
     epochs = "" if value.epochs is None else f" = {value.epochs:,.4g} epochs"
     of_run = value.of_run
     share = f"{of_run:.1%} of the run" if of_run <= 1 else f"{of_run:,.3g} times the run"
-    return f"{value.steps:,.0f} steps{epochs} = {share}"
+    steps = f"{value.steps:,.0f}" if value.steps >= 10 else f"{value.steps:.2g}"
+    return f"{steps} steps{epochs} = {share}"
