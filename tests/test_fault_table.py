@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 import weakref
+from collections import UserList
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_gradients_that_stop_coming_are_noticed_on_the_numpy_face_too() -> None:
     with pytest.warns(UserWarning, match="saw no gradients"):
         optimizer.step({})
     optimizer.step({"w": None})
+
+
+def test_betas_may_be_a_sequence_of_a_configuration_library() -> None:
+    """As OmegaConf's lists are, which Hydra hands to constructors."""
+    betas: Any = UserList([0.8, 0.95])
+    array = {"w": np.ones((2, 2))}
+    groups = [{"params": [parameter(2)], "betas": UserList([0.7, 0.9])}, {"params": [parameter(2)]}]
+    for optimizer in (AdamW(groups, betas=betas), ebbtide.numpy.AdamW(array, betas=betas)):
+        assert optimizer.defaults["betas"] == optimizer.param_groups[-1]["betas"] == (0.8, 0.95)
+    assert AdamW(groups).param_groups[0]["betas"] == (0.7, 0.9)
+    arrays: Any = [{"params": array, "betas": betas}]
+    assert ebbtide.numpy.AdamW(arrays).param_groups[0]["betas"] == (0.8, 0.95)
+    for wrong in (UserList([0.9]), "ab", {0.9, 0.95}):
+        with pytest.raises(ValueError, match="betas must be a pair of numbers"):
+            AdamW([parameter(2)], betas=wrong)  # type: ignore[arg-type]
 
 
 @each_maker

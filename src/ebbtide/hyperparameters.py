@@ -6,7 +6,7 @@ Messages keep torch's wording where torch has one, so that a script that matches
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "NONFINITE_POLICIES",
     "OURS",
     "Options",
+    "as_pair",
     "known_keys",
     "numbers",
     "validate_group",
@@ -68,6 +69,12 @@ def known_keys(rule: Rule) -> tuple[str, ...]:
     """Return every group key that has a meaning for the rule."""
     own = _ADAM if rule.name == "adam" else _SGD
     return (*_TORCH, *own, *OURS, *_FOREIGN)
+
+
+def as_pair(betas: Any) -> Any:
+    """Return betas as a tuple where they are a sequence of a configuration library."""
+    of_another = isinstance(betas, Sequence) and not isinstance(betas, tuple | list | str)
+    return tuple(betas) if of_another else betas
 
 
 def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ebbtide.hyperparameters import as_pair
 from ebbtide.numpy.base import DecayMask, Optimizer, Params
 from ebbtide.rules import ADAM
 from ebbtide.rules import SGD as SGD_RULE
@@ -86,7 +87,7 @@ class AdamW(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": as_pair(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

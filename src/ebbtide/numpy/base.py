@@ -13,6 +13,7 @@ from ebbtide.backends.pure import PureBackend
 from ebbtide.checkpoint import CheckpointError, Slot, prepare
 from ebbtide.hyperparameters import (
     Options,
+    as_pair,
     numbers,
     validate_group,
     validate_values,
@@ -102,6 +103,8 @@ class Optimizer(Options):
         """
         added = {**self.defaults, **group}
         added["params"] = _named(group["params"], start=len(self._names))
+        if "betas" in added:
+            added["betas"] = as_pair(added["betas"])
         if added["base_lr"] is None:
             added["base_lr"] = added["lr"]
         validate_group(self._rule, added, f" (param group {len(self.param_groups)})")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ebbtide.hyperparameters import as_pair
 from ebbtide.rules import ADAM
 from ebbtide.rules import SGD as SGD_RULE
 from ebbtide.torch.base import Optimizer
@@ -243,6 +244,7 @@ def _checked_betas(
     lr: Number, betas: Any, *, foreach: bool | None, capturable: bool
 ) -> tuple[Number, Number]:
     """Refuse what torch refuses of tensor hyperparameters, in its words; return 0-dim betas."""
+    betas = as_pair(betas)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ebbtide.hyperparameters import as_pair
 from ebbtide.notice import warn
 from ebbtide.rules import Rule
 from ebbtide.torch.ranks import local_of
@@ -62,6 +63,8 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any], rule: Rule)
             "pass one of them"
         )
     group["decay_policy"] = policy
+    if "betas" in group:
+        group["betas"] = as_pair(group["betas"])
     if rule.name == "adam":
         group["decoupled_weight_decay"] = policy != "l2"
     if group.get("base_lr") is None:
