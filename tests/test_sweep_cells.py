@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -154,6 +156,30 @@ def test_what_a_cell_started_ends_with_it(tmp_path: Path) -> None:
     assert found.outcome == Outcome.FINISHED
     pid = int(found.output)
     wait_until(lambda: not is_alive(pid))
+
+
+DETACHED = """
+child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+print(child.pid)
+"""
+
+
+@pytest.mark.parametrize(
+    "body", ["time.sleep(1000)", "os.kill(os.getpid(), signal.SIGKILL)"], ids=["hangs", "is killed"]
+)
+def test_a_session_of_its_own_does_not_outlast_a_cell_that_is_ended(
+    tmp_path: Path, body: str
+) -> None:
+    found = record(write_function(tmp_path, f"{DETACHED}{body}"), timeout=4.0)
+    assert found.outcome in (Outcome.TIMEOUT, Outcome.FAILED)
+    pid = int(found.output.split()[0])
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_a_session_of_its_own_may_outlast_a_cell_that_ends(tmp_path: Path) -> None:
+    pid = int(record(write_function(tmp_path, f"{DETACHED}return 1")).output)
+    assert is_alive(pid)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_cell_dies_with_the_process_that_watches_it(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ return s.lr
 """
 # What a cell started must end with it, and with the command.
 HELPER = """
-with open("helpers", "a") as log: print(subprocess.Popen(["sleep", "600"]).pid, file=log)
+with open("helpers", "a") as log:
+    for own in (False, True):
+        print(subprocess.Popen(["sleep", "600"], start_new_session=own).pid, file=log)
 """
 STORM_BODY = """
 time.sleep(0.1)

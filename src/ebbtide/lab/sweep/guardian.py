@@ -1,7 +1,7 @@
 """A process that ends what cells started when the sweep itself is killed.
 
 The kernel ends a cell with its parent, but not what the cell started in turn. One guardian a
-process knows which groups of processes are at work; once the line to it breaks, it ends them.
+process, running `reaper`, knows which are at work; once the line to it breaks, it ends them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,9 @@ import subprocess
 import sys
 import threading
 
-__all__ = ["Guardian", "guardian"]
+from ebbtide.lab.sweep import reaper
 
-_SCRIPT = """
-import os, signal, sys
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
+__all__ = ["Guardian", "guardian"]
 
 
 class Guardian:
@@ -33,7 +23,7 @@ class Guardian:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _SCRIPT],
+            [sys.executable, "-I", "-S", reaper.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -41,9 +31,9 @@ class Guardian:
             start_new_session=True,
         )
 
-    def watch(self, group: int) -> None:
-        """Take a group of processes into care."""
-        self._say(f"+{group}\n")
+    def watch(self, group: int, mark: str) -> None:
+        """Take a group of processes into care, and what carries the mark."""
+        self._say(f"+{group} {mark}\n")
 
     def forget(self, group: int) -> None:
         """Leave a group alone from now on; its number may be another's soon."""

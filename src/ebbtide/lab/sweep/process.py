@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ebbtide.lab.sweep.curve import Curve
 from ebbtide.lab.sweep.guardian import guardian
+from ebbtide.lab.sweep.reaper import VARIABLE, end_marked
 from ebbtide.lab.sweep.target import Target
 
 __all__ = ["Ending", "Order", "run_cell"]
@@ -97,6 +99,7 @@ class _Child:
 
     def __init__(self, order: Order) -> None:
         self._line, theirs = socket.socketpair()
+        self._mark = uuid.uuid4().hex
         with theirs:
             self._process = subprocess.Popen(
                 # -P: the folder of the command is not where modules come from.
@@ -107,9 +110,9 @@ class _Child:
                 pass_fds=[theirs.fileno()],
                 # A group of its own: Ctrl-C goes to the sweep, and what it starts ends with it.
                 start_new_session=True,
-                env=_environment(order),
+                env=_environment(order, self._mark),
             )
-        guardian().watch(self._process.pid)
+        guardian().watch(self._process.pid, self._mark)
         self._began = time.monotonic()
         self._ending = Ending()
         self._output = bytearray()
@@ -127,8 +130,7 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_group(signal.SIGKILL)
-        self._process.wait()
+        self._end()
         self._line.close()
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -166,8 +168,7 @@ class _Child:
     def _result(self) -> Ending:
         ending = self._ending
         ending.seconds = time.monotonic() - self._began
-        self._end_group(signal.SIGKILL)
-        ending.status = self._process.wait()
+        ending.status = self._end()
         ending.output = _readable(bytes(self._output))
         return ending
 
@@ -247,15 +248,23 @@ class _Child:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, options) is not None
 
-    def _end_group(self, number: int) -> None:
+    def _end(self) -> int:
+        """End it, if it has not ended, and what it started; return its status."""
         if self._process.returncode is None:
+            was_ended = not self._has_ended()
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+                os.killpg(self._process.pid, signal.SIGKILL)
             guardian().forget(self._process.pid)
+            # What it put into a session of its own may outlast it only where it ended by itself.
+            if self._process.wait() < 0 or was_ended:
+                end_marked([self._mark])
+        return self._process.returncode
 
 
-def _environment(order: Order) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+def _environment(order: Order, mark: str) -> dict[str, str]:
+    # A sweep within a cell: what it starts is marked for both.
+    marks = f"{os.environ.get(VARIABLE, '')} {mark}".strip()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", VARIABLE: marks}
     if order.threads is not None:
         for name in _THREAD_VARIABLES:
             environment.setdefault(name, str(order.threads))
