@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -192,3 +193,15 @@ def test_no_verb_is_answered_with_the_help_alone(
     assert status == 2
     assert "Usage: ebbtide" in out
     assert err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_greek_gets_question_marks(encoding: str) -> None:
+    command = [sys.executable, "-m", "ebbtide"]
+    for verb in ("convert rules", "explain --lr 1e-3 --weight-decay 0.1 --steps 100"):
+        run = subprocess.run(
+            [*command, *verb.split()], env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert b"?" in run.stdout

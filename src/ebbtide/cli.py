@@ -5,6 +5,7 @@ Start-up must stay quick, so a verb imports what it needs when it runs.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def main() -> None:
     """
     from ebbtide.lab.errors import InputError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no λ
     try:
         status = typer.main.get_command(app).main(prog_name="ebbtide", standalone_mode=False)
     except InputError as error:
