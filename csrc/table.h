@@ -262,6 +262,7 @@ class Table {
     if (!holds_state(e, states, addresses)) return false;
     void* data = nullptr;
     if (!reads_as(e, e.param, e.row.param.format, data) || data != e.row.param.data) return false;
+    if (scratch_.read_only) return false;
     const uint64_t ones = scratch_.ones;
     if (!reader_.is_plain(grad, e.lazy_grad)) return false;
     if (!reads_as(e, grad, e.row.grad.format, data) || scratch_.ones != ones) return false;

@@ -42,6 +42,7 @@ struct Layout {
   int64_t device = 0;            // as DLPack numbers it
   std::vector<int64_t> extents;  // shape, stride, shape, stride, ...
   uint64_t ones = 0;             // which dimensions were left out, and how many there are in all
+  bool read_only = false;        // a NumPy array that must not be written to
 };
 
 class TensorReader {
@@ -64,11 +65,11 @@ class TensorReader {
     return !lazy || !(answers(grad, "is_conj") || answers(grad, "is_neg"));
   }
 
-  // Reads the address of a tensor of any type; null where the object is none.
+  // Reads the address of a tensor of any type; null where the object is none, or is read-only.
   void* address(PyObject* object) const {
     if (api_ == nullptr) {
       Py_buffer b;
-      if (PyObject_GetBuffer(object, &b, PyBUF_RECORDS_RO) == 0) {
+      if (PyObject_GetBuffer(object, &b, PyBUF_RECORDS) == 0) {
         void* data = b.buf;
         PyBuffer_Release(&b);
         return data;
@@ -157,6 +158,7 @@ class TensorReader {
         b.format == nullptr ? 'B' : b.format[b.format[0] == '<' || b.format[0] == '='];
     const bool ok = type == 'f' || type == 'd' || type == 'e';
     layout.format = type == 'f' ? Format::kF32 : type == 'd' ? Format::kF64 : Format::kF16;
+    layout.read_only = b.readonly != 0;
     layout.extents.clear();
     layout.ones = uint64_t(1) << b.ndim;
     for (int i = 0; ok && i < b.ndim; ++i) {

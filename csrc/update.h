@@ -6,8 +6,8 @@
 // where torch's fused CPU kernels do, so that the two agree bit for bit; for double madd never
 // contracts and the result equals reference.py bit for bit. Build with -ffp-contract=off.
 //
-// Each rule returns a witness that is finite if and only if the new state is: the kernel
-// leaves elements with a non-finite witness as they were.
+// Each rule returns a witness that, of state that steps have made, is finite if and only if the
+// new state is: the kernel leaves elements with a non-finite witness as they were.
 #pragma once
 #include "lanes.h"
 

@@ -147,6 +147,8 @@ class Planner:
         if "step" not in state and (self.rule.counts_steps or array.dtype == np.float16):
             # A momentum buffer without a count comes from an optimizer that keeps none.
             missing["step"] = np.array(float(bool(had)), np.float32)
+        elif "step" in state and not state["step"].flags.writeable:
+            missing["step"] = state["step"].copy()
         # NumPy's own 16-bit type has too little range for squares of gradients.
         dtype = np.float32 if array.dtype == np.float16 else array.dtype
         for key in keys:
@@ -162,7 +164,7 @@ def finite_sum_squares(grads: list[Array | None]) -> float:
 
 
 def _fitted(name: str, key: str, value: Array, mine: Array) -> Array:
-    """Return a state array in the layout of the array that is stepped; itself where it is so."""
+    """Return a state array that can be stepped: itself where it is writable and laid out alike."""
     if value.shape != mine.shape:
         raise ValueError(
             f"state {key!r} of {name!r} has shape {value.shape}, the array {mine.shape}"
@@ -170,7 +172,8 @@ def _fitted(name: str, key: str, value: Array, mine: Array) -> Array:
     dtype = mine.dtype if np.float64 in (value.dtype, mine.dtype) else value.dtype
     if value.dtype == np.float64 and dtype == np.float16:  # where small squares would vanish
         dtype = np.dtype(np.float32)
-    if value.dtype == dtype and value.flags.aligned and _extents(value) == _extents(mine):
+    fits = value.dtype == dtype and _extents(value) == _extents(mine)
+    if fits and value.flags.aligned and value.flags.writeable:
         return value
     return _like(mine, value, dtype)
 
