@@ -369,6 +369,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _working(tensor: Tensor) -> Tensor:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        tensor = tensor * 1  # subclasses know arithmetic; what it gives takes any operation
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
