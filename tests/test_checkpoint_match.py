@@ -207,6 +207,10 @@ def test_the_kind_of_decay_is_the_constructors(
         (["step", "mu_product", "exp_avg"], {"betas": (0.9, 0.99)}, "NAdam"),
         (["step", "state1", "state2"], {"betas": (0.9, 0.99)}, "bitsandbytes"),
         (["momentum_buffer"], {"momentum": 0.9, "ns_steps": 5}, "Muon"),
+        # What their owner keeps in a group: SAM its radius, others a factor of the rate.
+        (["step", "exp_avg", "exp_avg_sq"], {"amsgrad": False, "rho": 0.05}, "Adam"),
+        (["momentum_buffer"], {"nesterov": False, "momentum": 0.9, "lr_decay": 0.8}, "SGD"),
+        ([], {"rho": 0.9}, "Adadelta"),
     ],
 )
 def test_state_tells_whose_it_is(keys: list[str], group: dict[str, Any], kind: str | None) -> None:

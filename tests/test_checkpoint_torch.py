@@ -232,6 +232,22 @@ def test_what_belongs_to_no_parameter_is_carried_along() -> None:
     assert fresh.state["ema"] == 0.5
 
 
+@pytest.mark.parametrize("which", ["adamw", "sgd"])
+@pytest.mark.parametrize("key", ["rho", "lr_decay", "momentum_decay", "lambd"])
+def test_what_their_owner_keeps_beside_makes_it_no_other_optimizers_state(
+    which: str, key: str
+) -> None:
+    model = network()
+    optimizer = build(which, model)
+    optimizer.param_groups[0][key] = 0.05
+    train(model, optimizer, 1)
+    for state in optimizer.state.values():
+        state["prev"] = torch.ones(1)
+    fresh = build(which, model)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0][key] == 0.05
+
+
 @pytest.mark.parametrize("named", [(True, True), (True, False), (False, True)])
 def test_names_of_either_side_survive(named: tuple[bool, bool]) -> None:
     model = network()

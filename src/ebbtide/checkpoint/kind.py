@@ -43,7 +43,11 @@ def kind_of(state_dict: Mapping[str, Any]) -> str | None:
     states = [values for values in state_dict["state"].values() if isinstance(values, Mapping)]
     keys = {key for values in states for key, value in values.items() if value is not None}
     group_keys = {key for group in state_dict["param_groups"] for key in group}
-    for telltale in (*keys, *sorted(group_keys)):
+    if "decay_policy" in group_keys:  # ours, whatever their owner keeps beside
+        return "Adam" if "betas" in group_keys else "SGD"
+    # A group of Adam or SGD may hold anything too: SAM's rho, a user's lr_decay.
+    told = () if group_keys & {"amsgrad", "nesterov"} else sorted(group_keys)
+    for telltale in (*keys, *told):
         if telltale in _TELLTALE:
             return _TELLTALE[telltale]
     if "decoupled_weight_decay" in group_keys and "amsgrad" not in group_keys:
