@@ -24,13 +24,18 @@ def moments_of(kind: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
     if kind == "dead units":
         alive = torch.rand(shape) < 0.3
         return [m * alive, v * (torch.rand(shape) < 0.5), v]
+    if kind == "at rest":
+        v = 2.0 ** (-60 * v)
+        return [m * (v > 2.0**-20), v]
     for array, every, value in ((m, 17, math.nan), (v, 19, math.inf), (v, 23, -1.0), (m, 29, 1e30)):
         array.view(-1)[::every] = value
     return [m, v, v.nan_to_num(posinf=math.inf)]
 
 
 @pytest.mark.parametrize("shape", [(3, 128), (2, 300), (5, 17), (2, 2, 65), (0, 4)], ids=str)
-@pytest.mark.parametrize("kind", ["gradients", "any magnitude", "dead units", "unholdable"])
+@pytest.mark.parametrize(
+    "kind", ["gradients", "any magnitude", "dead units", "at rest", "unholdable"]
+)
 def test_whole_tensors_are_encoded_as_the_definition_says(
     kind: str, shape: tuple[int, ...]
 ) -> None:

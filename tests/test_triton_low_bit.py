@@ -89,6 +89,29 @@ def test_every_format_has_the_bits_of_the_cpu(
     assert ("residual" in state_of(ours)) == residual
 
 
+class Resting(Run):
+    """Large gradients, beside them once small ones of any size, which then rest."""
+
+    calls = 0
+
+    def random(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return normal numbers times 10⁶, a third of them much smaller; zero for these later."""
+        self.calls += 1
+        large = 1e6 * torch.randn(shape, generator=self.generator)
+        small = 2.0 ** (20 - 40 * torch.rand(shape, generator=self.generator))
+        small *= self.calls <= 2  # the parameters and their first gradients
+        third = torch.arange(large.numel()).reshape(shape) % 3 == 0
+        return torch.where(third, small, large)
+
+
+def test_what_rests_far_below_its_block_has_the_bits_of_the_cpu(device: str) -> None:
+    words = {**EIGHT, "betas": (0.0, 0.999)}
+    ours = both(device, lambda where: Resting("AdamW", [(8, 128)], where, **words).step(3))
+    codes = state_of(ours)["exp_avg_sq_codes"]
+    assert codes.all()
+    assert (codes == 1).any()  # lifted to the lowest code
+
+
 class Dense(Run):
     """Gradients without zeros, for which tiles take a shorter way."""
 
