@@ -248,6 +248,7 @@ def test_schedule_is_read_from_text(text: str, warmup: int, schedule: Schedule) 
         ("cosine:end=low", 0, "end must be a number, got 'low'"),
         ("wsd", 0, "needs decay"),
         ("wsd:decay=2000", 0, "2000 steps does not fit into the run's 1000"),
+        ("wsd:decay=100%", 100, "1000 steps does not fit into the 900 steps after the warmup"),
         ("polynomial", 0, "needs power"),
         ("restarts", 0, "needs first"),
         ("inverse-sqrt", 0, "needs a warmup"),
@@ -273,6 +274,15 @@ def test_text_that_is_no_schedule_is_refused(text: str, warmup: int, names: str)
 )
 def test_a_percent_sign_is_a_share_of_the_run_only_for_a_length(percent: str, plain: str) -> None:
     assert parse_schedule(percent, total_steps=1000) == parse_schedule(plain, total_steps=1000)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_percentage_of_the_run_is_exactly_that_many_steps(percent: int) -> None:
+    restarts = parse_schedule(f"restarts:first={percent}%", total_steps=100)
+    assert restarts(percent) == 1.0
+    rest = 100 - percent
+    decays = parse_schedule(f"wsd:decay={percent}%", total_steps=100, warmup_steps=rest)
+    assert decays == WSD(rest, 0, percent)
 
 
 def test_what_is_no_schedule_is_refused_where_it_is_given() -> None:

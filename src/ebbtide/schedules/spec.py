@@ -90,7 +90,8 @@ def _settings(name: str, text: str, total_steps: int) -> dict[str, Any]:
 def _number(key: str, text: str, total_steps: int) -> float:
     try:
         if text.endswith("%"):
-            return float(text[:-1]) / 100.0 * (total_steps if key in _LENGTHS else 1)
+            # Divided last: 7 % of 100 steps is 7, but 0.07·100 is a rounding more.
+            return float(text[:-1]) * (total_steps if key in _LENGTHS else 1) / 100.0
         number = float(text)
     except ValueError:
         raise ValueError(f"{key} must be a number, got {text!r}") from None
@@ -123,7 +124,9 @@ def _inverse_sqrt(run: _Run, scale: float = 0.0) -> Schedule:
 
 def _wsd(run: _Run, decay: float, end: float = 0.0, shape: str = "linear") -> Schedule:
     if decay > run.steps:
-        raise ValueError(f"a decay of {decay:g} steps does not fit into the run's {run.steps}")
+        after_warmup = f"the {run.steps} steps after the warmup"
+        room = after_warmup if run.warmup_steps else f"the run's {run.steps}"
+        raise ValueError(f"a decay of {decay:g} steps does not fit into {room}")
     return WSD(run.warmup_steps, run.steps - decay, decay, end, shape)
 
 
