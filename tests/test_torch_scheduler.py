@@ -302,6 +302,9 @@ def test_misuse_is_refused_by_name() -> None:
         Scheduler(optimizer, lr="cosine")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"beta1 must be a schedule, .* got 0\.9"):
         Scheduler(optimizer, betas=(0.9, 0.95))  # type: ignore[arg-type]
+    for betas in (Cosine(10), (Cosine(10),), (), {Cosine(10), None}):
+        with pytest.raises(TypeError, match=r"betas must be two schedules, of β1 and of β2, got"):
+            Scheduler(optimizer, betas=betas)  # type: ignore[arg-type]
     for step in (-1, 1.5, True, math.nan, math.inf, "5"):
         with pytest.raises(ValueError, match="whole number"):
             Scheduler(optimizer, lr=Constant(), step=step)  # type: ignore[arg-type]
@@ -314,6 +317,9 @@ def test_what_cannot_be_driven_or_loaded_leaves_the_scheduler_as_it_was() -> Non
         scheduler.extend(lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a Scheduler's state is its 'step'; this one has"):
         scheduler.load_state_dict({"last_epoch": 4, "base_lrs": [1.0]})
+    for what in ("ckpt.pt", "step.pt", None, ["step"], 4):
+        with pytest.raises(ValueError, match=r"no Scheduler's state but a \w+; a file"):
+            scheduler.load_state_dict(what)  # type: ignore[arg-type]
     take_step(optimizer)
     assert (scheduler.applied_steps, lrs(optimizer)) == (3, [pytest.approx(0.7)])
 
@@ -329,6 +335,41 @@ def test_another_scheduler_on_the_same_optimizer_is_warned_about_once(optimizer_
         take_step(optimizer)
     theirs.step()
     take_step(optimizer)
+
+
+@each_optimizer
+@pytest.mark.parametrize("lr", ["1e-3", None])
+def test_what_is_no_learning_rate_is_left_to_the_optimizer(optimizer_class: Any, lr: Any) -> None:
+    optimizer = optimizer_class([parameter()])
+    Scheduler(optimizer, lr=Cosine(10))
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as refusal:
+        take_step(optimizer)
+    assert "scheduler.py" not in str(refusal.traceback[-1].path)
+
+
+class Unread(torch.Tensor):
+    """On a device whose numbers take long to come."""
+
+    def __bool__(self) -> bool:
+        raise AssertionError("the host waits")
+
+
+@each_optimizer
+def test_a_step_does_not_wait_for_a_tensor_to_be_compared(optimizer_class: Any) -> None:
+    optimizer = optimizer_class([parameter()], lr=torch.tensor(0.1))
+    Scheduler(optimizer, lr=Cosine(10))
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Unread)
+    take_step(optimizer)
+
+
+def test_the_first_that_is_set_by_others_is_named() -> None:
+    """Not one that changes from process to process."""
+    optimizer = torch.optim.AdamW([parameter()])
+    Scheduler(optimizer, weight_decay=Linear(5), lr=Linear(10))
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.5)
+    with pytest.warns(UserWarning, match="takes this step with lr="):
+        take_step(optimizer)
 
 
 def test_schedulers_of_different_things_get_along() -> None:

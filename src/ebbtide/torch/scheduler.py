@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,12 +151,15 @@ class Scheduler:
         """Return the number of applied steps; there is no other state."""
         return {"step": self._applied_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the step of a saved state.
 
         Raises:
             ValueError: It is the state of something else.
         """
+        if not isinstance(state_dict, Mapping):
+            what = type(state_dict).__name__
+            raise ValueError(f"this is no Scheduler's state but a {what}; a file is read first")
         if "step" not in state_dict:
             raise ValueError(f"a Scheduler's state is its 'step'; this one has {[*state_dict]}")
         self.seek(state_dict["step"])
@@ -226,17 +230,19 @@ class Scheduler:
         for index, (group, written) in enumerate(
             zip(optimizer.param_groups, self._written, strict=True)
         ):
-            for key in _INITIAL.keys() & written.keys():
-                self._look_for_others(f"param group {index}", key, group[key], written[key])
+            for key in written:
+                if key in _INITIAL:
+                    self._look_for_others(f"param group {index}", key, group.get(key), written[key])
 
     def _look_for_others(self, where: str, key: str, found: Any, written: float) -> None:
-        # 0 is what the creation of state for a checkpoint sets; tensors are rounded, or far away.
-        if self._warned or isinstance(found, torch.Tensor) or found in (written, 0):
+        # A tensor may be on a device that a step must not wait for; what is no number, the
+        # optimizer refuses itself; 0 is what the creation of state for a checkpoint sets.
+        if self._warned or not isinstance(found, Real) or found in (written, 0):
             return
         self._warned = True
         warn(
-            f"{where} takes this step with {key}={found:g}, not the {written:g} of the Scheduler: "
-            "something else sets it too, such as another scheduler",
+            f"{where} takes this step with {key}={float(found):g}, not the {written:g} of the "
+            "Scheduler: something else sets it too, such as another scheduler",
         )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_arguments: Any) -> None:
@@ -269,6 +275,8 @@ class Scheduler:
 
 
 def _check_schedules(lr: Any, weight_decay: Any, betas: Any) -> None:
+    if betas is not None and not (isinstance(betas, Sequence) and len(betas) == 2):
+        raise TypeError(f"betas must be two schedules, of β1 and of β2, got {betas!r}")
     beta1, beta2 = betas or (None, None)
     given = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2}
     for name, schedule in given.items():
