@@ -362,3 +362,16 @@ def test_scalars_are_computed_on_the_device_as_on_the_host(
     for key, value in theirs.numbers().items():
         torch.testing.assert_close(mine[key], value, **TRITON_DEVICE_SCALARS)
     assert ours.backend.launches == 9
+
+
+@pytest.mark.parametrize("policy", ["decoupled", "independent", "corrected"])
+def test_nothing_decays_where_a_schedule_ends_a_hair_below_zero(policy: str, device: str) -> None:
+    lr = torch.tensor(-1e-12, dtype=torch.float64, device=device)
+    run = Run("SGD", SHAPES, device, torch.float64, lr=1e-3, decay_policy=policy, nonfinite="skip")
+    run.optimizer.param_groups[0].update(lr=lr, weight_decay=0.9)
+    before = [param.detach().clone() for param in run.params]
+    for param in run.params:
+        param.grad = torch.zeros_like(param)
+    run.optimizer.step()
+    assert run.backend.launches
+    assert all(map(torch.equal, before, run.params))

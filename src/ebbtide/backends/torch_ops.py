@@ -105,7 +105,7 @@ def tensor_scalars(rule: Rule, group: Mapping[str, Any], step: Any) -> Scalars:
         share = lr * (lr / base_lr) * weight_decay
     common: dict[str, Any] = {
         "lr": lr,
-        "decay": share,
+        "decay": share * (lr > 0),  # negative where a schedule misses 0 by its rounding
         "l2": weight_decay if group["decay_policy"] == "l2" else 0.0,
         "cautious": float(group["cautious"]),
         "grad_scale": -1.0 if group["maximize"] else 1.0,

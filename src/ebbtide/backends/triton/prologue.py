@@ -154,6 +154,7 @@ def _count(
     share = tl.where(policy == 1, lr * weight_decay, 0.0)
     share = tl.where(policy == 2, lr / base_lr * weight_decay, share)
     share = tl.where(policy == 3, lr * (lr / base_lr) * weight_decay, share)
+    share = tl.where(lr > 0, share, 0.0)  # negative where a schedule misses 0 by its rounding
     zero = tl.zeros_like(lr)
     tl.store(to, lr, mask=inside)
     tl.store(to + 1, share, mask=inside)
