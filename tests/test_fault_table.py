@@ -85,6 +85,28 @@ def test_betas_may_be_a_sequence_of_a_configuration_library() -> None:
             AdamW([parameter(2)], betas=wrong)  # type: ignore[arg-type]
 
 
+def test_betas_may_become_such_a_sequence_later_and_change_in_place() -> None:
+    ended = []
+    for betas in (UserList([0.5, 0.9]), [0.5, 0.9]):
+        param, array = parameter(2), np.ones(2)
+        ours, numpys = AdamW([param]), ebbtide.numpy.AdamW([array], weight_decay=0)
+        for changed in (0.5, 0.5, 0.7, 0.8):
+            betas[0] = changed
+            for optimizer in (ours, numpys):
+                optimizer.param_groups[0]["betas"] = betas
+            step(ours, changed)
+            numpys.step([np.full(2, changed)])
+        ended.append((param.tolist(), array.tolist()))
+    assert ended[0] == ended[1]
+
+
+@pytest.mark.parametrize("key", ["param_name", "Params_names", "intial_lr", "Name", "para_names"])
+def test_a_key_that_goes_with_the_parameters_is_refused_where_it_is_mistyped(key: str) -> None:
+    """Without their names the parameters of a checkpoint are told apart by position alone."""
+    with pytest.raises(ValueError, match=f"unknown group key '{key}': did you mean"):
+        AdamW([{"params": [parameter(2)], key: ["w"]}])
+
+
 @each_maker
 def test_an_optimizer_and_its_state_go_with_the_last_reference(make: Callable[[Any], Any]) -> None:
     param = parameter(3)

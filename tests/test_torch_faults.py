@@ -157,7 +157,7 @@ def test_a_key_that_is_nearly_known_is_refused_with_the_right_word(
     ["lr_scale", "name", "lr_mult", "wd_mult", "layer", "tag", "layer_decay", "weight_decay_scale",
      "initial_lr", "swa_lr", "role", "is_norm", "group_name", "module", "lr_decay", "decay", "type",
      "use_muon", "weight_decay_mult", "layer_id", "max_lr", "fix_step", "fix_lr", "base_wd",
-     "initial_wd", "param_name"],
+     "initial_wd", "max_wd"],
 )  # fmt: skip
 def test_keys_unlike_any_known_one_are_kept(key: str) -> None:
     optimizer = AdamW([{"params": [parameter()], key: "mine"}])

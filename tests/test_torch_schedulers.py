@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
+import ebbtide.numpy
 from ebbtide.torch import SGD, AdamW, decay_in_force
 from ebbtide.weight_decay import DECAY_POLICIES
 
@@ -181,6 +183,38 @@ def test_a_schedule_that_ends_at_zero_may_miss_it_by_its_rounding(kind: Any, pol
     assert optimizer.param_groups[0]["lr"] < 0
     assert torch.equal(param, before)
     assert decay_in_force(optimizer)
-    optimizer.param_groups[0]["lr"] = -1e-9
-    with pytest.raises(ValueError, match="Invalid learning rate"):
-        optimizer.step()
+    for lr in (-1e-9, -5e-12):
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("policy", DECAY_POLICIES)
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_nothing_decays_a_hair_below_zero_where_the_learning_rate_is_not_read(
+    kind: Any, policy: str
+) -> None:
+    param = torch.ones(3, dtype=torch.float64, requires_grad=True).clone()
+    lr = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    words: Any = {"lr": lr, "weight_decay": 0.9, "decay_policy": policy, "differentiable": True}
+    optimizer = kind([param], **words)
+    lr.data.fill_(-1e-12)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.ones_like(param), rtol=0, atol=2e-12)
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD, ebbtide.numpy.AdamW, ebbtide.numpy.SGD])
+@pytest.mark.parametrize("lr", [-1e-13, -5e-12, -0.1])
+def test_a_learning_rate_below_zero_is_refused_by_its_name_where_it_is_given(
+    kind: Any, lr: float
+) -> None:
+    of_torch = issubclass(kind, torch.optim.Optimizer)
+    param: Any = nn.Parameter(torch.ones(2)) if of_torch else np.ones(2)
+    for build in (
+        lambda: kind([param], lr=lr),
+        lambda: kind([{"params": [param], "lr": lr}]),
+        lambda: kind([{"params": [param], "lr": lr}], lr=0.1),
+    ):
+        with pytest.raises(ValueError, match=f"Invalid learning rate: {lr}"):
+            build()

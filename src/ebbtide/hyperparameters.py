@@ -46,10 +46,11 @@ _SWITCHES = (
 )  # fmt: skip
 # What may be a tensor; betas may hold two.
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening", "base_lr")
-# Written by schedulers, or kept beside the groups; nobody types them, so nobody mistypes them.
-_FOREIGN = (
-    "params", "param_names", "name", "names", "initial_lr", "initial_weight_decay",
-    "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
+# What else is typed beside them.
+_BESIDE = ("params", "param_names", "name", "names", "initial_lr")
+# Written by schedulers; nobody types them, so nobody mistypes them.
+_WRITTEN = (
+    "initial_weight_decay", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
 )  # fmt: skip
 
 # By how much a schedule that ends at lr 0 may miss it: that of LinearLR does, by its rounding.
@@ -68,7 +69,7 @@ _SYNONYMS = {
 def known_keys(rule: Rule) -> tuple[str, ...]:
     """Return every group key that has a meaning for the rule."""
     own = _ADAM if rule.name == "adam" else _SGD
-    return (*_TORCH, *own, *OURS, *_FOREIGN)
+    return (*_TORCH, *own, *OURS, *_BESIDE, *_WRITTEN)
 
 
 def as_pair(betas: Any) -> Any:
@@ -90,8 +91,11 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
             nearly a known one.
         TypeError: A number is a string, a bool or something else.
     """
-    validate_values(rule, group, where)
-    lr, base_lr = float(group["lr"]), _number(group, "base_lr", "base_lr", where)
+    validate_values(rule, group, where, least_lr=-_MISSED_ZERO)
+    lr = float(group["lr"])
+    if lr < 0 and group["base_lr"] == lr:  # where no schedule has led it
+        raise ValueError(f"Invalid learning rate: {lr}{where}")
+    base_lr = _number(group, "base_lr", "base_lr", where)
     policy, weight_decay = group["decay_policy"], float(group["weight_decay"])
     if policy in ("independent", "corrected") and base_lr == 0:
         raise ValueError(
@@ -107,13 +111,21 @@ def validate_group(rule: Rule, group: Mapping[str, Any], where: str = "") -> Non
     _check_spelling(rule, group, where)
 
 
-def validate_values(rule: Rule, group: Mapping[str, Any], where: str = "") -> None:
+def validate_values(
+    rule: Rule, group: Mapping[str, Any], where: str = "", *, least_lr: float = 0.0
+) -> None:
     """Check each value by itself; what a constructor can say before it has seen a parameter.
+
+    Args:
+        rule: As `validate_group`, like those below.
+        group: Hyperparameters by name.
+        where: Put behind each message.
+        least_lr: Least learning rate.
 
     Raises:
         ValueError, TypeError: As `validate_group`.
     """
-    _number(group, "lr", "learning rate", where, least=-_MISSED_ZERO)
+    _number(group, "lr", "learning rate", where, least=least_lr)
     if rule.name == "adam":
         _number(group, "eps", "epsilon value", where)
         _check_betas(group["betas"], where)
@@ -170,11 +182,15 @@ class Options:
 def numbers(group: Mapping[str, Any], where: str = "") -> Mapping[str, Any]:
     """Return the group with one-element tensors as numbers; the group itself if it has none.
 
+    Betas that are a sequence of a configuration library become a tuple.
+
     Raises:
         ValueError: A hyperparameter is a tensor of several elements.
     """
     found = {key: _item(key, group[key], where) for key in _NUMBERS if _is_tensor(group.get(key))}
-    betas = group.get("betas")
+    betas = as_pair(group.get("betas"))
+    if betas is not group.get("betas"):
+        found["betas"] = betas
     if isinstance(betas, tuple | list) and any(_is_tensor(beta) for beta in betas):
         found["betas"] = tuple(
             _item(f"betas[{i}]", beta, where) if _is_tensor(beta) else beta
@@ -257,7 +273,7 @@ def _check_formats(rule: Rule, group: Mapping[str, Any], where: str) -> None:
 
 def _check_spelling(rule: Rule, group: Mapping[str, Any], where: str) -> None:
     known = known_keys(rule)
-    typed = [key for key in known if key not in _FOREIGN]
+    typed = [key for key in known if key not in _WRITTEN]
     for key in group:
         if key in known or not isinstance(key, str):
             continue
@@ -271,8 +287,9 @@ def _nearly(key: str, known: str) -> bool:
     key, known = (word.lower().replace("-", "_").replace(" ", "_") for word in (key, known))
     if key.replace("_", "") == known.replace("_", ""):
         return True
-    # Two letters are a word where little more is left: base_wd is not base_lr.
-    allowed = 0 if len(known) < 3 else 1 if len(known) < 8 else 2
+    # Two letters may be a word: base_wd is not base_lr, and initial_wd not initial_lr.
+    short = len(known) < 8 or known.endswith("_lr")
+    allowed = 0 if len(known) < 3 else 1 if short else 2
     return abs(len(key) - len(known)) <= allowed and _distance(key, known) <= allowed
 
 
