@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -139,14 +139,22 @@ class Queue:
                 self.fill()
             return Claim(slot, settings, trial)
 
-    def finish(self, claim: Claim, record: Record) -> bool:
-        """Record what became of a cell; return whether it was still this process's to say."""
+    def finish(self, claim: Claim, record: Record) -> Record | None:
+        """Record what became of a cell, and return that; None where others have a say by now.
+
+        A cell that is judged by another number than the cells before it has failed.
+        """
         with self._locks.queue():
             if not self._is_mine(claim):
-                return False
+                return None
+            other = self._other_metric(record)
+            if other is not None:
+                error = f"the function returned {record.metric!r} here and {other!r} in another "
+                error += "cell: say which counts with --metric"
+                record = replace(record, outcome=Outcome.FAILED, value=None, error=error)
             claim.trial.set_user_attr(_RECORD, record.to_dict())
             self._tell(claim.trial, record)
-            return True
+            return record
 
     def release(self, claim: Claim) -> None:
         """Give a cell back to the queue."""
@@ -192,7 +200,7 @@ class Queue:
             params = {name: value for (name, *_), value in zip(axes, slot.place, strict=True)}
             attrs[_SETTINGS] = _settings(self.definition, slot, *slot.place)
             record = known.get(key(attrs[_SETTINGS]))
-            if record is not None:
+            if record is not None and self._other_metric(record) is None:
                 self._take_over(slot, params, attrs, record)
                 return
         elif slot.seed != self.definition.seeds[0]:
@@ -219,6 +227,14 @@ class Queue:
             user_attrs={**attrs, _RECORD: record.to_dict()},
         )
         self._study.add_trial(trial)
+
+    def _other_metric(self, record: Record) -> str | None:
+        """Return what the cells that came to a number are judged by, where this one is not."""
+        if not record.is_number:
+            return None
+        records = filter(None, map(self._record, self._latest().values()))
+        names = (other.metric for other in records if other.is_number)
+        return next((name for name in names if name != record.metric), None)
 
     @property
     def _worst(self) -> float:

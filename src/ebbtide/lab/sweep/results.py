@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbtide.lab.conclusions import join
-from ebbtide.lab.errors import InputError
 from ebbtide.lab.optimizers import OPTIMIZERS
 from ebbtide.lab.sweep.definition import Definition
 from ebbtide.lab.sweep.outcome import Outcome, Record
@@ -158,24 +156,12 @@ class Results:
 
 
 def read(sweep: Sweep) -> Results:
-    """Return what a sweep has come to by now.
-
-    Raises:
-        InputError: Its cells were judged by different numbers.
-    """
+    """Return what a sweep has come to by now."""
     definition = sweep.definition
     rows: dict[tuple[str, int], dict[int, Cell]] = {}
-    names: set[str] = set()
     for slot, settings, record in sweep.queue.cells():
         row = rows.setdefault((slot.optimizer, slot.seed), {})
         row[slot.point] = Cell(slot.point, settings, record)
-        if record is not None and record.is_number:
-            names.add(record.metric)
-    if len(names) > 1:
-        raise InputError(
-            f"the function returned one number here and another there, {join(sorted(names))}: say "
-            "which counts with --metric"
-        )
     arms = [
         _arm(definition, optimizer, [rows[optimizer, seed] for seed in definition.seeds])
         for optimizer in definition.optimizers

@@ -171,8 +171,8 @@ class _Shift:
         if ending.kind == "stopped" or (_was_killed(ending) and self._is_once_more(claim)):
             self._queue.release(claim)
             return
-        record = _record(ending, crew.target, crew.timeout)
-        if self._queue.finish(claim, record) and record.outcome in FAULTS:
+        record = self._queue.finish(claim, _record(ending, crew.target, crew.timeout))
+        if record is not None and record.outcome in FAULTS:
             crew.say(f"{cell_words(claim.settings)}: {record.outcome}: {record.error}")
 
     def _is_once_more(self, claim: Claim) -> bool:
