@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,11 +25,16 @@ def model_of() -> nn.Sequential:
 
 
 def extras() -> Numbers:
-    return {"plain": torch.ones(3), "copied": torch.ones(7), "row": torch.ones(1, 4)}
+    # The last ones are spread as others are, but take launches of their own.
+    wide = {"wide": torch.ones(5).double(), "wide row": torch.ones(1, 3).double()}
+    return {"plain": torch.ones(3), "copied": torch.ones(7), "row": torch.ones(1, 4)} | wide
 
 
 def spread(layout: str) -> dict[str, nn.Parameter]:
-    """The parameters of the model, and the extras, as shards, copies and plain ones."""
+    """The parameters of the model, and the extras, as shards, copies and plain ones.
+
+    "crossed": shards of two meshes, neither of which holds all ranks.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -40,6 +46,11 @@ def spread(layout: str) -> dict[str, nn.Parameter]:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     model: nn.Module = model_of()
+    if layout == "crossed":
+        return {
+            name: nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh[name], [Shard(0)]))
+            for name in ("inner", "outer")
+        }
     if layout == "hybrid":
         model = fully_shard(model, mesh=mesh)
     else:
@@ -50,7 +61,8 @@ def spread(layout: str) -> dict[str, nn.Parameter]:
         values, copied = extras(), [Replicate(), Replicate()]
         values["copied"] = distribute_tensor(values["copied"], mesh, copied)
         # Of its one row two of the ranks hold nothing, and no other parameter is spread so.
-        values["row"] = distribute_tensor(values["row"], mesh["inner"], [Shard(0)])
+        for name in ("row", "wide row"):
+            values[name] = distribute_tensor(values[name], mesh["inner"], [Shard(0)])
         named |= {name: nn.Parameter(value) for name, value in values.items()}
     return named
 
@@ -61,7 +73,7 @@ def gradients(named: dict[str, nn.Parameter], step: int, options: dict[str, Any]
 
     generator = torch.Generator().manual_seed(step)
     for name, param in named.items():
-        grad = torch.randn(param.shape, generator=generator)
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
         if name == "0.weight" and step == 1 and options.get("nonfinite") == "skip":
             grad[-1, -1] = float("inf")
         mesh: Any = getattr(param, "device_mesh", None)
@@ -110,7 +122,27 @@ def clipped(
     return norms, skipped, reads.count, {name: whole(param) for name, param in named.items()}
 
 
-def scaled(rank: int, backend: str, clip: float | None) -> list[tuple[bool, bool, int]]:
+def launched(rank: int, words: dict[str, Any]) -> tuple[list[int], float]:
+    """Three steps, clipped in the last; returns launches of the others, and the last norm."""
+    launches = [0]
+    with stepped_by("triton"):
+        named = spread("mixed")
+        optimizer = ebbtide.torch.AdamW(named.items(), **WORDS, **words)
+        for step in range(STEPS):
+            gradients(named, step, {})
+            optimizer.clip_grad_norm = CLIP if step == STEPS - 1 else None
+            if words:  # as a loss scaler leaves it
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+            optimizer.step()
+            launches.append(optimizer._devices.backend.launches)  # type: ignore[union-attr]
+        norm = optimizer.last_grad_norm
+    assert isinstance(norm, float)
+    return [after - before for before, after in pairwise(launches[:-1])], norm
+
+
+def scaled(
+    rank: int, backend: str, layout: str, clip: float | None
+) -> list[tuple[bool, bool, int]]:
     """Two steps under a loss scaler, which finds something in the second, on the last rank alone.
 
     Returns:
@@ -118,7 +150,7 @@ def scaled(rank: int, backend: str, clip: float | None) -> list[tuple[bool, bool
     """
     seen = []
     with stepped_by(backend):
-        named = spread("mixed")
+        named = spread(layout)
         optimizer = ebbtide.torch.AdamW(named.items(), fused=True, clip_grad_norm=clip, **WORDS)
         for step in range(2):
             gradients(named, step, {})

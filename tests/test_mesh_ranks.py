@@ -40,12 +40,24 @@ def test_every_element_counts_once_and_no_device_is_waited_for(
             torch.testing.assert_close(ours[name], value, **TORCH_FLOAT32)
 
 
+@pytest.mark.parametrize(("words", "launches"), [({}, 2), ({"fused": True}, 3)], ids=str)
+def test_without_a_norm_rows_that_are_spread_in_several_ways_share_their_launches(
+    ranks: RankPool, words: dict[str, Any], launches: int
+) -> None:
+    """One for each dtype; a scaler's word takes one more. The norm asked for later is right."""
+    expected, _ = mesh_tasks.by_torch("mixed", {})
+    for found, norm in ranks.run(mesh_tasks.launched, words):
+        assert found == [launches, launches]
+        assert norm == pytest.approx(expected[-1], **GRAD_NORM)
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("layout", ["mixed", "crossed"])
 @pytest.mark.parametrize("backend", ["core", "triton"])
 def test_what_a_loss_scaler_finds_on_one_rank_drops_the_step_on_all(
-    ranks: RankPool, backend: str, clip: float | None
+    ranks: RankPool, backend: str, layout: str, clip: float | None
 ) -> None:
-    for first, second in ranks.run(mesh_tasks.scaled, backend, clip):
+    for first, second in ranks.run(mesh_tasks.scaled, backend, layout, clip):
         assert first[:2] == (False, False)
         assert second[:2] == (True, True)
         assert (first[2] == second[2] == 0) == (backend == "triton")

@@ -63,9 +63,10 @@ class Devices:
         self.question = None
         if self.alone:
             ways: dict[Way | None, int] = {}
+            normed = _wants_norm(_question_of(optimizer, None))
             for param, _, row, _ in planner.launched.entries:
                 way = ways.setdefault(way_of(param), len(ways))
-                if row is not None:
+                if row is not None and normed:  # else rows of all ways share their launches
                     row.way = way
             self._ranks = Ranks(list(ways), optimizer._meshes) if optimizer._meshes else None
             self.question = _question_of(optimizer, self._ranks)
@@ -102,7 +103,7 @@ class Devices:
         if watch is None or backend is None or watch.counts != decides(optimizer):
             return None
         asked, self.question = self.question, _question_of(optimizer, self._ranks)
-        if (asked is None) != (self.question is None):
+        if (asked is None) != (self.question is None) or _wants_norm(asked) != self.normed:
             return None
         optimizer._check_capture()
         for index, group in enumerate(optimizer.param_groups):
@@ -179,7 +180,7 @@ class Devices:
     @property
     def normed(self) -> bool:
         """Whether the GPUs took the last norm."""
-        return self.question is not None and self.question.wants_norm
+        return _wants_norm(self.question)
 
     @property
     def norm(self) -> torch.Tensor:
@@ -218,6 +219,10 @@ def _rerun_beside(
 def captures(optimizer: Optimizer) -> bool:
     """Whether what a step decides must not be read: it may be part of a graph."""
     return any(group.get("capturable") for group in optimizer.param_groups)
+
+
+def _wants_norm(question: Question | None) -> bool:
+    return question is not None and question.wants_norm
 
 
 def _question_of(optimizer: Optimizer, ranks: Ranks | None) -> Question | None:
