@@ -198,7 +198,7 @@ def forget_steps(state: dict[str, Any]) -> None:
 
 
 def count_backwards(state: dict[str, Any]) -> None:
-    state["state"][0]["step"] = np.float32(-2)
+    state["state"][0]["step"] = np.float32(-1)
 
 
 def count_for_ever(state: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def rename(state: dict[str, Any]) -> None:
         (poison, "'w' has exp_avg_sq that holds NaN"),
         (turn_negative, "'w' has exp_avg_sq that holds the negative value -2"),
         (forget_steps, "'w' lacks step"),
-        (count_backwards, "'w' has taken -2.0 steps"),
+        (count_backwards, "'w' has taken -1.0 steps"),
         (count_for_ever, "'w' has taken inf steps"),
         (transpose, r"'w' saved \(3, 4\), here \(4, 3\)"),
         (rename, "(?s)missing.*'w'.*unexpected.*'first'"),

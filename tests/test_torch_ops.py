@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,6 +221,14 @@ def test_the_norm_holds_the_squares_of_one_gradient_at_a_time() -> None:
         assert total == 7 * count
         most.append(held.most)
     assert 0 < most[0] == most[1]
+
+
+def test_the_norm_is_left_on_the_host_where_a_gradient_is() -> None:
+    with FakeTensorMode():
+        grads = [torch.ones(3, device=device) for device in ("cuda", "cpu")]
+        for order in (grads, grads[::-1]):
+            assert torch_ops.sum_squares(order).is_cpu
+        assert torch_ops.sum_squares(grads[:1]).is_cuda
 
 
 @pytest.mark.parametrize("apply", [True, False])
