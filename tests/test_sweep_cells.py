@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,3 +353,27 @@ def test_l2_of_any_size_leaves_the_parameter(optimizer: str) -> None:
     with pytest.raises(FloatingPointError, match="lr 1 and weight decay 1 would remove a whole"):
         settings.numpy_optimizer([np.ones((2, 2))])
     settings.numpy_optimizer([np.ones((2, 2))], decay_policy="l2")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "sgdw"])
+@pytest.mark.parametrize(
+    ("words", "removes"),
+    [
+        ({"decay_policy": "independent"}, 2.0),
+        ({"decay_policy": "independent", "base_lr": 1.0}, 0.2),
+        ({"decay_policy": "corrected", "base_lr": 0.01}, 2.0),
+        ({"decay_policy": "corrected"}, 0.2),
+    ],
+)
+def test_a_whole_parameter_is_removed_under_any_policy(
+    optimizer: str, words: dict[str, Any], removes: float
+) -> None:
+    """The cell diverges; it is not a fault of the function."""
+    settings = Settings(optimizer, lr=0.1, weight_decay=2.0)
+    weight = np.ones((2, 2))
+    if removes >= 1:
+        with pytest.raises(FloatingPointError, match="would remove a whole parameter"):
+            settings.numpy_optimizer([weight], **words)
+    else:
+        settings.numpy_optimizer([weight], **words).step([np.zeros((2, 2))])
+        assert weight == pytest.approx(1 - removes)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ebbtide.lab.errors import InputError
+from ebbtide.weight_decay import decay_share
 
 __all__ = ["OPTIMIZERS", "OptimizerSpec", "choose_optimizers", "numpy_optimizer", "scaled_grid"]
 
@@ -39,15 +40,12 @@ class OptimizerSpec:
     update: str
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    @property
-    def decouples(self) -> bool:
-        """Whether lr times weight decay is the share of a parameter removed in a step."""
-        policy = self.options.get("decay_policy")
-        return policy == "decoupled" or (policy is None and self.family == "AdamW")
-
     def can_run(self, lr: float, weight_decay: float) -> bool:
         """Tell whether a step leaves something of a parameter."""
-        return not self.decouples or lr * weight_decay < 1
+        default = "decoupled" if self.family == "AdamW" else "l2"
+        policy = self.options.get("decay_policy") or default
+        base_lr = self.options.get("base_lr") or lr
+        return decay_share(policy, lr=lr, base_lr=base_lr, weight_decay=weight_decay) < 1
 
 
 # SGD's lr is ten times AdamW's. SGDW's weight decay is a tenth, so that lr·λ, the share decayed
