@@ -5,7 +5,8 @@
 
 State is created at the first gradient of an array, and its steps are counted from there. Views,
 Fortran order and arrays with gaps are stepped rightly; overlapping or read-only memory is refused
-by name before anything is written.
+by name before anything is written. `param_groups` is for hyperparameters: which arrays are stepped
+is settled when a group is added, so put no other array into its `params` later.
 """
 
 from __future__ import annotations
