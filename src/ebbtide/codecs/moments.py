@@ -155,7 +155,7 @@ def decode_second(code: int, window: int) -> float:
 
     Example:
         >>> [decode_second(code, 0x13E7) for code in (0, 8, 9, 239, 240)]
-        [0.0, 0.25, 0.251953125, 0.99609375, 1.0]
+        [0.0, 0.25, 0.25390625, 0.99609375, 1.0]
     """
     shift, base, coarse = _grid(window)
     return from_bits((base + code + min(code, coarse)) << shift) if code else 0.0
