@@ -25,7 +25,7 @@ def ranks() -> Iterator[RankPool]:
 # or that all ranks have whole, as DTensors and without.
 @pytest.mark.parametrize("layout", ["hybrid", "tensor", "mixed"])
 @pytest.mark.parametrize("backend", ["core", "triton"])
-@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("nonfinite", ["skip", pytest.param("propagate", marks=pytest.mark.slow)])
 def test_every_element_counts_once_and_no_device_is_waited_for(
     ranks: RankPool, nonfinite: str, backend: str, layout: str
 ) -> None:

@@ -234,6 +234,7 @@ def test_cells_judged_by_different_numbers_are_not_compared(console: Console) ->
     assert found["outcomes"] == {"finished": 2, "failed": 2}
 
 
+@pytest.mark.slow
 def test_cells_of_others_that_were_judged_by_another_number_are_not_taken_over(
     console: Console,
 ) -> None:
