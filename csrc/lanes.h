@@ -36,6 +36,7 @@ using HalfLanes = float __attribute__((vector_size(2 * kLanes)));
 using DoubleLanes = double __attribute__((vector_size(4 * kLanes)));
 using IntLanes = int32_t __attribute__((vector_size(4 * kLanes)));
 using UintLanes = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Shorts = int16_t __attribute__((vector_size(4 * kLanes)));  // of two vectors of lanes
 
 template <typename V, typename S>
 inline V splat(S x) {
@@ -146,28 +147,20 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int16_t) {
 EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x));
 }
-// Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
+// `narrow` packs two vectors in an order of its own, `store_bytes` four in theirs: the packs work
+// within 16 bytes, the permutation puts them in order.
 EBBTIDE_INLINE __m512i in_order(__m512i x) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_maskz_permutexvar_epi32(0xFFFF, order, x);
 }
-// The codes of numbers below 2^15: of what they exceed base by, half up to 2·coarse, all but
-// coarse beyond; none of what lies below base.
-EBBTIDE_INLINE __m512i codes_of(__m512i x, uint32_t base, uint32_t coarse) {
-  const __m512i above = _mm512_subs_epu16(x, _mm512_set1_epi16(int16_t(base)));
-  return _mm512_max_epi16(_mm512_srli_epi16(above, 1),
-                          _mm512_sub_epi16(above, _mm512_set1_epi16(int16_t(coarse))));
+EBBTIDE_INLINE Shorts narrow(IntLanes a, IntLanes b) {
+  return (Shorts)_mm512_packs_epi32((__m512i)a, (__m512i)b);
 }
-EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
-  const __m512i low = codes_of(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]), base, coarse);
-  const __m512i high = codes_of(_mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]), base, coarse);
-  _mm512_storeu_si512(to, in_order(_mm512_packus_epi16(low, high)));
+EBBTIDE_INLINE void store_bytes(uint8_t* to, Shorts a, Shorts b) {
+  _mm512_storeu_si512(to, in_order(_mm512_packus_epi16((__m512i)a, (__m512i)b)));
 }
-// x / 2^16, rounded down, as bytes.
-EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
-  const __m512i low = _mm512_packs_epi32((__m512i)(x[0] >> 16), (__m512i)(x[1] >> 16));
-  const __m512i high = _mm512_packs_epi32((__m512i)(x[2] >> 16), (__m512i)(x[3] >> 16));
-  _mm512_storeu_si512(to, in_order(_mm512_packs_epi16(low, high)));
+EBBTIDE_INLINE void store_bytes(int8_t* to, Shorts a, Shorts b) {
+  _mm512_storeu_si512(to, in_order(_mm512_packs_epi16((__m512i)a, (__m512i)b)));
 }
 #elif defined(__AVX2__)
 EBBTIDE_INLINE UintLanes load_wide(const uint8_t* at) {
@@ -194,27 +187,19 @@ EBBTIDE_INLINE void store_low(void* to, UintLanes x, int8_t) {
   const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8((__m256i)x, first), order);
   _mm_storel_epi64(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
-// Four vectors at a time: the packs work within 16 bytes, the permutation puts them in order.
 EBBTIDE_INLINE __m256i in_order(__m256i x) {
   return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// The codes of numbers below 2^15: of what they exceed base by, half up to 2·coarse, all but
-// coarse beyond; none of what lies below base.
-EBBTIDE_INLINE __m256i codes_of(__m256i x, uint32_t base, uint32_t coarse) {
-  const __m256i above = _mm256_subs_epu16(x, _mm256_set1_epi16(int16_t(base)));
-  return _mm256_max_epi16(_mm256_srli_epi16(above, 1),
-                          _mm256_sub_epi16(above, _mm256_set1_epi16(int16_t(coarse))));
+EBBTIDE_INLINE Shorts narrow(IntLanes a, IntLanes b) {
+  return (Shorts)_mm256_packs_epi32((__m256i)a, (__m256i)b);
 }
-EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
-  const __m256i low = codes_of(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), base, coarse);
-  const __m256i high = codes_of(_mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]), base, coarse);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packus_epi16(low, high)));
+EBBTIDE_INLINE void store_bytes(uint8_t* to, Shorts a, Shorts b) {
+  const __m256i bytes = in_order(_mm256_packus_epi16((__m256i)a, (__m256i)b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
 }
-// x / 2^16, rounded down, as bytes.
-EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
-  const __m256i low = _mm256_packs_epi32((__m256i)(x[0] >> 16), (__m256i)(x[1] >> 16));
-  const __m256i high = _mm256_packs_epi32((__m256i)(x[2] >> 16), (__m256i)(x[3] >> 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packs_epi16(low, high)));
+EBBTIDE_INLINE void store_bytes(int8_t* to, Shorts a, Shorts b) {
+  const __m256i bytes = in_order(_mm256_packs_epi16((__m256i)a, (__m256i)b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
 }
 #else
 template <typename Number>
@@ -228,14 +213,16 @@ template <typename Number>
 EBBTIDE_INLINE void store_low(void* to, UintLanes x, Number) {
   for (int i = 0; i < kLanes; ++i) static_cast<Number*>(to)[i] = Number(x[i]);
 }
-EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
-  for (int i = 0; i < 4 * kLanes; ++i) {
-    const int32_t above = std::max(int32_t(x[i / kLanes][i % kLanes]) - int32_t(base), 0);
-    to[i] = uint8_t(std::max(above >> 1, above - int32_t(coarse)));
-  }
+EBBTIDE_INLINE Shorts narrow(IntLanes a, IntLanes b) {
+  Shorts x;
+  for (int i = 0; i < 2 * kLanes; ++i) x[i] = int16_t((i < kLanes ? a : b)[i % kLanes]);
+  return x;
 }
-EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
-  for (int i = 0; i < 4 * kLanes; ++i) to[i] = int8_t(x[i / kLanes][i % kLanes] >> 16);
+template <typename Number>
+EBBTIDE_INLINE void store_bytes(Number* to, Shorts a, Shorts b) {
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    to[i] = Number((i < 2 * kLanes ? a : b)[i % (2 * kLanes)]);
+  }
 }
 EBBTIDE_INLINE uint32_t largest(UintLanes x) {
   uint32_t most = 0;
@@ -249,6 +236,24 @@ EBBTIDE_INLINE uint32_t total(UintLanes x) {
   return sum;
 }
 #endif
+
+// The codes of four vectors of numbers below 2^15: of what they exceed base by, half up to
+// 2·coarse, all but coarse beyond; none of what lies below base.
+EBBTIDE_INLINE Shorts codes_of(Shorts x, int16_t base, int16_t coarse) {
+  const Shorts floor = Shorts{} + base, above = (x > floor ? x : floor) - base;
+  const Shorts half = above >> 1, rest = above - coarse;
+  return half > rest ? half : rest;
+}
+EBBTIDE_INLINE void store_codes(uint8_t* to, const UintLanes* x, uint32_t base, uint32_t coarse) {
+  const Shorts low = narrow((IntLanes)x[0], (IntLanes)x[1]);
+  const Shorts high = narrow((IntLanes)x[2], (IntLanes)x[3]);
+  store_bytes(to, codes_of(low, int16_t(base), int16_t(coarse)),
+              codes_of(high, int16_t(base), int16_t(coarse)));
+}
+// Four vectors by 2^16, rounded down.
+EBBTIDE_INLINE void store_upper(int8_t* to, const IntLanes* x) {
+  store_bytes(to, narrow(x[0] >> 16, x[1] >> 16), narrow(x[2] >> 16, x[3] >> 16));
+}
 
 // What a comparison by lanes says, in the form that is cheapest to use: `where` gives zero and
 // `choose` something else for the other lanes, and `smaller` leaves a as it is there.

@@ -119,6 +119,9 @@ def window_of(bits: Sequence[int], moving: Sequence[bool]) -> int:
         (u for u, moves in zip(bits, moving, strict=True) if u and moves), default=highest
     )
     low = min(moving_low, max(lowest, highest - _DORMANT))
+    # The base lies two steps below, so that rounding cannot reach code 0, and as many more as its
+    # unit asks for. 254 codes lie above it: the last of the 255 is for rounding up. Up to
+    # 256 - (256 >> unit) of them can be coarse, which reach a step further each.
     shift = next(
         s
         for s in range(16, 24)

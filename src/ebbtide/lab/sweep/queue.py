@@ -233,8 +233,8 @@ class Queue:
         if not record.is_number:
             return None
         records = filter(None, map(self._record, self._latest().values()))
-        names = (other.metric for other in records if other.is_number)
-        return next((name for name in names if name != record.metric), None)
+        metric = next((other.metric for other in records if other.is_number), record.metric)
+        return None if metric == record.metric else metric
 
     @property
     def _worst(self) -> float:
